@@ -1,0 +1,39 @@
+"""An exponential moving average of a model's weights."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+
+class Average:
+    """A copy of a module whose weights follow it: `average = d * average + (1 - d) * weights`.
+
+    The decay warms up as `d = min(decay, (1 + t) / (10 + t))` in update t, so that the random start is
+    soon forgotten. Buffers are copied.
+
+    Attributes:
+        module: the averaged module, in evaluation mode, without gradients.
+        updates: how often it was updated.
+    """
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.decay = decay
+        self.updates = 0
+        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+
+    def decay_at(self, update: int) -> float:
+        """The decay of update `update`, counted from 0."""
+        return min(self.decay, (1 + update) / (10 + update))
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Move towards the weights of `module`, which has the structure of the averaged one."""
+        share = 1 - self.decay_at(self.updates)
+        self.updates += 1
+        ours, theirs = list(self.module.parameters()), [p.detach() for p in module.parameters()]
+        torch._foreach_lerp_(ours, theirs, share)
+        for mine, other in zip(self.module.buffers(), module.buffers(), strict=True):
+            mine.copy_(other)

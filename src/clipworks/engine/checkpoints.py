@@ -1,0 +1,267 @@
+"""Checkpoints of a training: written so that a crash at any moment leaves a whole one behind.
+
+A checkpoint is a folder `step-00001200/`:
+
+    weights.safetensors      model and objective (`clip.*`, `objective.*`)
+    average.safetensors      averaged model, if one is kept
+    state.pt                 optimizer and counters; plain tensors and numbers, loaded with weights_only
+    process-0.pt             of each process: random states, position in the data
+    checkpoint.json          recipe, step, and size and SHA-256 of the files above
+
+It is written under a temporary name, flushed to disk and renamed. Reading checks the digests and falls
+back to the checkpoint before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from clipworks.errors import CheckpointError, ConfigError, DataError
+
+FORMAT = 1
+_PREFIX = "step-"
+_UNFINISHED = ".writing-"
+
+
+@dataclass(frozen=True)
+class Saving:
+    """When checkpoints are written and how many are kept. The last step is always saved.
+
+    Attributes:
+        minutes: time between two checkpoints; None for no such rule.
+        steps: steps between two checkpoints; None for no such rule.
+        keep: number of newest checkpoints that stay.
+    """
+
+    minutes: float | None = 10.0
+    steps: int | None = None
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise ConfigError(f"keep must be at least 1, not {self.keep}")
+
+
+@dataclass
+class Snapshot:
+    """What a checkpoint holds, besides weights, once read."""
+
+    path: Path
+    summary: dict[str, Any]
+    weights: dict[str, Tensor]
+    average: dict[str, Tensor] | None
+    state: dict[str, Any]
+    process: dict[str, Any] = field(default_factory=dict)
+
+
+def tensors_once(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a module with each shared tensor under its first name only."""
+    seen: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = set()
+    once: dict[str, Tensor] = {}
+    for name, tensor in module.state_dict().items():
+        key = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
+        if tensor.numel() and key in seen:
+            continue
+        seen.add(key)
+        once[name] = tensor.detach()
+    return once
+
+
+def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `tensors_once` gave.
+
+    Raises:
+        CheckpointError: if names or shapes are not those of the module.
+    """
+    own = tensors_once(module)
+    if own.keys() != tensors.keys():
+        odd = sorted(own.keys() ^ tensors.keys())
+        raise CheckpointError(f"the checkpoint is of another model: {odd[0]} is in one of them only")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if tensor.shape != tensors[name].shape:
+                raise CheckpointError(
+                    f"the checkpoint is of another model: {name} is {tuple(tensors[name].shape)} there "
+                    f"and {tuple(tensor.shape)} here"
+                )
+            tensor.copy_(tensors[name])
+
+
+class CheckpointFolder:
+    """The checkpoints of one training."""
+
+    def __init__(self, folder: Path, keep: int, rank: int = 0):
+        self.folder = folder
+        self.keep = keep
+        self.rank = rank
+
+    def steps(self) -> list[int]:
+        """Steps of all checkpoints, oldest first."""
+        found = self.folder.glob(f"{_PREFIX}*") if self.folder.is_dir() else ()
+        return sorted(int(path.name[len(_PREFIX) :]) for path in found if path.name[len(_PREFIX) :].isdigit())
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step lies."""
+        return self.folder / f"{_PREFIX}{step:08d}"
+
+    def write_process(self, step: int, process: dict[str, Any]) -> None:
+        """Write what belongs to this process; every process calls it, before `write` of the first one."""
+        folder = self._unfinished(step)
+        folder.mkdir(parents=True, exist_ok=True)
+        _save(require_plain(process, "process"), folder / f"process-{self.rank}.pt")
+
+    def write(
+        self,
+        step: int,
+        *,
+        weights: Mapping[str, Tensor],
+        average: Mapping[str, Tensor] | None,
+        state: dict[str, Any],
+        summary: dict[str, Any],
+    ) -> Path:
+        """Complete the checkpoint of a step and delete the oldest ones; the first process calls it."""
+        unfinished = self._unfinished(step)
+        _save_tensors(weights, unfinished / "weights.safetensors")
+        if average is not None:
+            _save_tensors(average, unfinished / "average.safetensors")
+        _save(state, unfinished / "state.pt")
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in sorted(unfinished.iterdir())
+        }
+        document = {"format": FORMAT, "step": step, **summary, "files": files}
+        write_durably(unfinished / "checkpoint.json", json.dumps(document, indent=1).encode())
+        _flush(unfinished)
+        final = self.path(step)
+        if final.exists():  # damaged, and passed over when this run resumed
+            self._remove(step)
+        os.replace(unfinished, final)
+        _flush(self.folder)
+        for old in self.steps()[: -self.keep]:
+            self._remove(old)
+        return final
+
+    def newest(self) -> Snapshot | None:
+        """The newest whole checkpoint; None if there is none at all.
+
+        A damaged one is passed over with a warning.
+
+        Raises:
+            CheckpointError: if there are checkpoints and all are damaged.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                return self._read(self.path(step))
+            except CheckpointError as error:
+                warnings.warn(f"{error}; falling back to the checkpoint before", stacklevel=2)
+        if steps:
+            raise CheckpointError(f"{self.folder}: all {len(steps)} checkpoints are damaged; start with resume=False")
+        return None
+
+    def clear(self) -> None:
+        """Delete all checkpoints."""
+        for step in self.steps():
+            self._remove(step)
+
+    def tidy(self) -> None:
+        """Delete what a run left that was killed while it wrote."""
+        for left in self.folder.glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def _remove(self, step: int) -> None:
+        # Renamed first, so that a crash in the middle leaves no half checkpoint under a whole one's name.
+        doomed = self.folder / f"{_UNFINISHED}old-{step}"
+        os.replace(self.path(step), doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+    def _unfinished(self, step: int) -> Path:
+        return self.folder / f"{_UNFINISHED}{step:08d}"
+
+    def _read(self, path: Path) -> Snapshot:
+        try:
+            summary = json.loads((path / "checkpoint.json").read_text())
+            if summary["format"] != FORMAT:
+                raise CheckpointError(f"{path}: format {summary['format']}, this version reads {FORMAT}")
+            for name, expected in summary["files"].items():
+                if (path / name).stat().st_size != expected["bytes"] or _digest(path / name) != expected["sha256"]:
+                    raise CheckpointError(f"{path / name}: not what was written")
+            process = path / f"process-{self.rank}.pt"
+            return Snapshot(
+                path=path,
+                summary=summary,
+                weights=load_file(path / "weights.safetensors"),
+                average=load_file(path / "average.safetensors") if "average.safetensors" in summary["files"] else None,
+                state=torch.load(path / "state.pt", weights_only=True),
+                process=torch.load(process, weights_only=True) if process.exists() else {},
+            )
+        except CheckpointError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error})".splitlines()[0]) from error
+
+
+def require_plain(value: Any, place: str) -> Any:
+    """Give the value back if it is made of tensors, numbers, strings, lists and mappings.
+
+    Raises:
+        DataError: naming the first thing that a checkpoint cannot hold safely.
+    """
+    if isinstance(value, dict):
+        for key, item in value.items():
+            require_plain(item, f"{place}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            require_plain(item, f"{place}[{index}]")
+    elif type(value) not in (type(None), bool, int, float, str, bytes) and not isinstance(value, Tensor):
+        raise DataError(f"{place} is a {type(value).__name__}; a checkpoint holds tensors, numbers and strings only")
+    return value
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file and wait until the disk has it."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _save(value: Any, path: Path) -> None:
+    with path.open("wb") as file:
+        torch.save(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
+    _flush(path)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 22):
+            digest.update(block)
+        return digest.hexdigest()

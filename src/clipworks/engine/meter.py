@@ -1,0 +1,58 @@
+"""How fast a training runs and how much of the time it waits for data."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Generator, Iterable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class Meter:
+    """Samples a second and share of waiting over the last `window` steps."""
+
+    def __init__(self, window: int = 50):
+        self.steps: deque[tuple[float, float, int]] = deque(maxlen=window)
+        self.waited = 0.0
+        self.mark = time.perf_counter()
+
+    def waiting_for(self, batches: Iterable[T]) -> Generator[T, None, None]:
+        """Hand the batches on, counting the time until each is there."""
+        iterator = iter(batches)
+        try:
+            while True:
+                start = time.perf_counter()
+                try:
+                    batch = next(iterator)
+                except StopIteration:
+                    return
+                self.waited += time.perf_counter() - start
+                yield batch
+        finally:  # a loader's threads end with its iterator
+            close = getattr(iterator, "close", None)
+            if close is not None:
+                close()
+
+    def step(self, samples: int) -> None:
+        """A step is over."""
+        now = time.perf_counter()
+        self.steps.append((now - self.mark, self.waited, samples))
+        self.mark, self.waited = now, 0.0
+
+    def pause(self) -> None:
+        """What happened since the last step (a checkpoint, an evaluation) is not counted."""
+        self.mark, self.waited = time.perf_counter(), 0.0
+
+    @property
+    def rate(self) -> float:
+        """Samples a second; 0 before the first step."""
+        seconds = sum(seconds for seconds, _, _ in self.steps)
+        return sum(samples for _, _, samples in self.steps) / seconds if seconds else 0.0
+
+    @property
+    def waiting(self) -> float:
+        """Share of the time spent waiting for data, 0 to 1."""
+        seconds = sum(seconds for seconds, _, _ in self.steps)
+        return sum(waited for _, waited, _ in self.steps) / seconds if seconds else 0.0
