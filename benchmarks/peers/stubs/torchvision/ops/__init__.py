@@ -1,0 +1,1 @@
+"""The one layer that open_clip names."""
