@@ -36,7 +36,7 @@ _HOMES = {
     "variant": "clipworks.core.towers",
     "ClipworksError": "clipworks.errors",
 }
-__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

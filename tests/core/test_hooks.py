@@ -1,4 +1,4 @@
-"""The open tower: six small uses, each against a naive re-implementation, eager, compiled and checkpointed."""
+"""The open tower: six small uses, each against a naive form, eager, compiled and checkpointed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ def naive_attention(block: Block, x: Tensor) -> Tensor:
     """Multi-head attention written out head by head from the weights."""
     attention = block.attention
     d, w = attention.head_width, x.shape[-1]
-    q, k, v = (F.linear(x, *pair) for pair in zip(attention.qkv.weight.split(w), attention.qkv.bias.split(w), strict=True))
+    q, k, v = (
+        F.linear(x, *pair)
+        for pair in zip(attention.qkv.weight.split(w), attention.qkv.bias.split(w), strict=True)
+    )
     heads = []
     for h in range(attention.heads):
         part = slice(h * d, (h + 1) * d)
@@ -242,9 +245,9 @@ def test_hook_that_does_nothing_costs_under_one_percent_of_a_vit_b_block() -> No
         # The walk through a thousand blocks that cost nothing leaves the price of the hook alone.
         module.blocks = nn.ModuleList(Nothing() for _ in range(1000))
         bare = min(seconds(lambda: module.run(tokens), 3) for _ in range(3)) / 1000
-        hooked = min(
-            seconds(lambda: module.run(tokens, around=lambda i, b, t: b(t)), 3) for _ in range(3)
-        ) / 1000
+        hooked = (
+            min(seconds(lambda: module.run(tokens, around=lambda i, b, t: b(t)), 3) for _ in range(3)) / 1000
+        )
     assert hooked - bare < 0.01 * block
 
 
@@ -346,8 +349,11 @@ def test_variant_replaces_modules() -> None:
 
 @pytest.mark.parametrize(
     ("weights", "error"),
-    [({"projection.wait": torch.zeros(1)}, ConfigError), ({"projection.weight": torch.zeros(1)}, ShapeError),
-     ({"blocks.9.ln_1.weight": torch.zeros(1)}, ConfigError)],
+    [
+        ({"projection.wait": torch.zeros(1)}, ConfigError),
+        ({"projection.weight": torch.zeros(1)}, ShapeError),
+        ({"blocks.9.ln_1.weight": torch.zeros(1)}, ConfigError),
+    ],
 )
 def test_variant_refuses_what_does_not_fit(weights: dict[str, Tensor], error: type[Exception]) -> None:
     with pytest.raises(error):

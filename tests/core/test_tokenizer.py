@@ -206,6 +206,7 @@ def test_a_row_is_start_ids_end_and_is_read_at_its_end(strings: list[str], lengt
 
 def test_a_text_that_is_too_long_ends_with_the_end_or_is_an_error_that_names_it(clip: ClipTokenizer) -> None:
     long = "dog " * 100
+    assert clip("dog. " * 60).ids.tolist() == [[49406, *clip.encode("dog. " * 60)[:75], 49407]]
     row = clip(["a cat", long])
     assert row.ids.shape == (2, 77)
     assert row.ids[1, -1] == 49407
@@ -372,6 +373,9 @@ def test_control_tokens_in_a_text_are_obeyed_only_where_asked(clip: ClipTokenize
     theirs, openai = clip.encode("<end_of_text>"), clip.encode("<|endoftext|>")
     assert clip.encode(text) == a + theirs + openai + b
     assert ClipTokenizer(control_tokens=True).encode(text) == [*a, 49407, *openai, *b]
+    for wrong in (("<s>",), ("[SOS]", "[EOS]"), ("a b", "c")):
+        with pytest.raises(ConfigError, match="control_tokens must be"):
+            ClipTokenizer(control_tokens=wrong)  # type: ignore[arg-type]
     spelled = ("<|startoftext|>", "<|endoftext|>")
     assert ClipTokenizer(control_tokens=spelled).encode(text) == [*a, *theirs, 49407, *b]
 
@@ -514,13 +518,16 @@ def test_no_text_can_spell_a_control_token_of_a_file(kind: str) -> None:
         assert ours.encode(f"a {spelled} dog") != ours.encode("a dog")
 
 
-def test_an_id_named_as_end_cannot_be_spelled_even_if_the_file_calls_it_ordinary() -> None:
+def test_a_spelled_control_token_gets_the_ids_it_has_where_it_is_none() -> None:
     content = json.loads(train_tokenizer(corpus(), 400)._source)
-    for token in content["added_tokens"]:
+    end = content["added_tokens"][1]["id"]
+    without = tokenizers.Tokenizer.from_str(json.dumps({**content, "added_tokens": []}))
+    ordinary = copy.deepcopy(content)
+    for token in ordinary["added_tokens"]:
         token["special"] = False
-    end = content["added_tokens"][1]
-    ours = FileTokenizer(json.dumps(content), end=end["id"])
-    assert end["id"] not in ours.encode(f"a {end['content']} dog")
+    text = "a <end_of_text> dog<end_of_text>"
+    for file in (content, ordinary):  # the id that is given as the end is no word, whatever the file calls it
+        assert FileTokenizer(json.dumps(file), end=end).encode(text) == without.encode(text).ids
 
 
 def test_full_padding_is_read_at_the_last_position() -> None:

@@ -46,20 +46,26 @@ def test_packed_features_equal_the_plain_tower(texts: list[list[int]], positions
 def test_the_row_holds_each_distinct_beginning_once(texts: list[list[int]]) -> None:
     batch = tokens(texts)
     beginnings = {
-        tuple(row[: t + 1]) for row, end in zip(batch.ids.tolist(), batch.ends.tolist(), strict=True) for t in range(end + 1)
+        tuple(row[: t + 1])
+        for row, end in zip(batch.ids.tolist(), batch.ends.tolist(), strict=True)
+        for t in range(end + 1)
     }
     assert len(pack(batch)) == len(beginnings)
 
 
 def test_gradients_of_learned_vectors_equal_the_plain_form() -> None:
     module, batch = tower(), tokens([[1, 1, 2], [1, 1, 3, 3], [1, 1, 2, 2, 2], [2]])
-    context = torch.randn(2, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    context = torch.randn(
+        2, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3), requires_grad=True
+    )
     weight = torch.randn(4, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
 
     def learned(ids: Tensor) -> Tensor:
         """The vectors of ids 1 and 3 are learned, the others are the tower's."""
         vectors = module.embedding(ids).detach().clone()
-        return torch.where((ids == 1)[..., None], context[0], torch.where((ids == 3)[..., None], context[1], vectors))
+        return torch.where(
+            (ids == 1)[..., None], context[0], torch.where((ids == 3)[..., None], context[1], vectors)
+        )
 
     placed = module.place(learned(batch.ids))
     (module.project(module.run(placed), at=batch.ends) * weight).sum().backward()
@@ -73,7 +79,9 @@ def test_padding_appended_to_a_text_changes_nothing_and_a_word_does() -> None:
     module = tower()
     texts = [[1, 2], [3, 3, 1]]
     assert torch.equal(text_features(module, tokens(texts)), text_features(module, tokens(texts, 14)))
-    assert not torch.allclose(text_features(module, tokens([[1, 2]])), text_features(module, tokens([[1, 3]])))
+    assert not torch.allclose(
+        text_features(module, tokens([[1, 2]])), text_features(module, tokens([[1, 3]]))
+    )
 
 
 def test_padding_mask_gives_the_answer_of_the_text_alone() -> None:

@@ -22,7 +22,9 @@ class Batches:
 
     def __init__(self, count: int = 4, size: int = 8, side: int = 16, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self.images = torch.randint(0, 256, (count * size, 3, side, side), generator=generator, dtype=torch.uint8)
+        self.images = torch.randint(
+            0, 256, (count * size, 3, side, side), generator=generator, dtype=torch.uint8
+        )
         self.ids = torch.randint(1, 60, (count * size, 6), generator=generator)
         self.count, self.size = count, size
         self.epoch = self.taken = 0

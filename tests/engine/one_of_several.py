@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from tests.engine.conftest import Batches
 
 from clipworks.core.clip import Clip
 from clipworks.core.config import Config, TextConfig, VisionConfig, uniform_blocks
 from clipworks.data.batch import Batch
 from clipworks.engine import Recipe, Saving, fit
 from clipworks.methods.pretrain.clip import ClipObjective
-from tests.engine.conftest import Batches
 
 
 class Share(Batches):
@@ -37,7 +37,9 @@ def model() -> Clip:
 
 def run(folder: Path, steps: int, accumulate: int) -> None:
     """Train, or go on training, in the folder."""
-    recipe = Recipe(steps=steps, warmup=2, lr=1e-3, eps=1e-3, precision="fp32", accumulate=accumulate, ema=0.9)
+    recipe = Recipe(
+        steps=steps, warmup=2, lr=1e-3, eps=1e-3, precision="fp32", accumulate=accumulate, ema=0.9
+    )
     fit(model(), ClipObjective(), Share(), recipe, folder=folder, saving=Saving(steps=2), show="nothing")
 
 

@@ -33,7 +33,9 @@ def advance(now: State, watchers: list[Any], until: int) -> None:
 
 
 @given(crash=st.integers(1, 19), saved=st.integers(0, 19), cut=st.integers(0, 60))
-def test_log_has_each_step_once_after_a_crash(tmp_path_factory: Any, crash: int, saved: int, cut: int) -> None:
+def test_log_has_each_step_once_after_a_crash(
+    tmp_path_factory: Any, crash: int, saved: int, cut: int
+) -> None:
     folder = tmp_path_factory.mktemp("log")
     saved = min(saved, crash)
     log = CsvLog(every=1)
@@ -100,7 +102,9 @@ def test_plot_is_drawn_at_the_end_and_during_the_training(tmp_path: Path) -> Non
     assert (tmp_path / "loss.png").stat().st_size > 1000
 
 
-def test_json_lines_are_json_and_text_lines_say_the_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_lines_are_json_and_text_lines_say_the_loss(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     now = state(tmp_path, steps=2)
     advance(now, [Lines("json", 0)], 2)
     assert [json.loads(line)["step"] for line in capsys.readouterr().out.splitlines()] == [1, 2]

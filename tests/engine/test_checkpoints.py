@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,17 @@ def test_newest_checkpoint_is_read_back_and_old_ones_go(tmp_path: Path) -> None:
         write(folder, step)
     assert folder.steps() == [10, 100]
     snapshot = folder.newest()
-    assert snapshot is not None and snapshot.summary["step"] == 100 and snapshot.process["data"] == {"step": 100}
+    assert (
+        snapshot is not None and snapshot.summary["step"] == 100 and snapshot.process["data"] == {"step": 100}
+    )
     assert torch.equal(snapshot.weights["w"], torch.full((100,), 100.0)) and snapshot.state == {"x": [1.5]}
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "state.pt", "process-0.pt", "checkpoint.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
-def test_damaged_newest_checkpoint_falls_back_with_one_warning(tmp_path: Path, name: str, damage: str) -> None:
+def test_damaged_newest_checkpoint_falls_back_with_one_warning(
+    tmp_path: Path, name: str, damage: str
+) -> None:
     folder = CheckpointFolder(tmp_path, keep=2)
     write(folder, 1)
     path = write(folder, 2) / name
@@ -54,7 +59,10 @@ def test_damaged_newest_checkpoint_falls_back_with_one_warning(tmp_path: Path, n
 def test_all_damaged_is_an_error(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, keep=2)
     (write(folder, 1) / "state.pt").write_bytes(b"")
-    with pytest.warns(UserWarning, match="falling back"), pytest.raises(CheckpointError, match="resume=False"):
+    with (
+        pytest.warns(UserWarning, match="falling back"),
+        pytest.raises(CheckpointError, match="resume=False"),
+    ):
         folder.newest()
 
 
@@ -87,12 +95,10 @@ def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
 
     torch.save({"x": Harmful()}, path / "state.pt")
     summary = json.loads((path / "checkpoint.json").read_text())
-    import hashlib
-
     content = (path / "state.pt").read_bytes()
     summary["files"]["state.pt"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     (path / "checkpoint.json").write_text(json.dumps(summary))
-    with pytest.warns(UserWarning), pytest.raises(CheckpointError):
+    with pytest.warns(UserWarning, match="damaged"), pytest.raises(CheckpointError):
         folder.newest()
     assert not (tmp_path / "ran").exists()
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-
 from tests.engine.one_of_several import run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,10 +33,19 @@ def launch(folder: Path, steps: int, accumulate: int, world: int = 2) -> None:
         "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": "test",
     }
-    command = [sys.executable, str(Path(__file__).with_name("one_of_several.py")), str(folder), str(steps), str(accumulate)]
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("one_of_several.py")),
+        str(folder),
+        str(steps),
+        str(accumulate),
+    ]
     processes = [
         subprocess.Popen(
-            command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True
+            command,
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in range(world)
     ]
@@ -53,7 +61,8 @@ def test_two_processes_train_like_one(tmp_path: Path, accumulate: int) -> None:
     launch(tmp_path / "two", 6, accumulate)
     run(tmp_path / "one", 6, accumulate)
     two, one = (
-        load_file(tmp_path / name / "checkpoints" / "step-00000006" / "weights.safetensors") for name in ("two", "one")
+        load_file(tmp_path / name / "checkpoints" / "step-00000006" / "weights.safetensors")
+        for name in ("two", "one")
     )
     assert two.keys() == one.keys()
     for name, tensor in one.items():

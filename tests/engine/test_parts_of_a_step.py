@@ -16,7 +16,12 @@ from clipworks.engine.accumulate import backward_in_parts
 from clipworks.engine.average import Average
 from clipworks.engine.groups import parameter_groups
 from clipworks.engine.precision import resolve
-from clipworks.engine.randomness import own_randomness, random_state, restore_random_state, untouched_randomness
+from clipworks.engine.randomness import (
+    own_randomness,
+    random_state,
+    restore_random_state,
+    untouched_randomness,
+)
 from clipworks.engine.stage import Stage, total
 from clipworks.errors import ConfigError
 
@@ -41,14 +46,18 @@ def test_average_is_the_closed_form_of_its_recursion() -> None:
 def test_only_matrices_decay(small: Callable[..., Any]) -> None:
     clip = small()
     names = {id(parameter): name for name, parameter in clip.named_parameters()}
-    decayed, free = ({names[id(p)] for p in group["params"]} for group in parameter_groups(clip, weight_decay=0.2))
+    decayed, free = (
+        {names[id(p)] for p in group["params"]} for group in parameter_groups(clip, weight_decay=0.2)
+    )
     assert decayed | free == set(names.values()) and not decayed & free
     expected = {n for n, p in clip.named_parameters() if n.endswith(".weight") and p.dim() >= 2}
     assert decayed == expected
     assert {"scale", "image.positions", "text.positions", "image.class_token"} <= free
 
 
-def test_frozen_parameters_are_in_no_group_and_nothing_to_train_is_an_error(small: Callable[..., Any]) -> None:
+def test_frozen_parameters_are_in_no_group_and_nothing_to_train_is_an_error(
+    small: Callable[..., Any],
+) -> None:
     clip = small()
     clip.image.requires_grad_(False)
     grouped = {id(p) for group in parameter_groups(clip, weight_decay=0.2) for p in group["params"]}
@@ -75,7 +84,9 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(
     assert total(in_parts).item() == pytest.approx(total(terms).item(), abs=1e-12)
     assert whole.keys() == gradients(stage).keys() and "clip.scale" in whole
     for name, gradient in gradients(stage).items():
-        torch.testing.assert_close(gradient, whole[name], atol=1e-10, rtol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            gradient, whole[name], atol=1e-10, rtol=1e-8, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def accumulate(stage: Stage, batch: Any, parts: int) -> dict[str, torch.Tensor]:

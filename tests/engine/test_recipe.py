@@ -23,7 +23,14 @@ def test_unknown_key_is_an_error_with_the_nearest_name() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("steps", 0), ("lr", -1.0), ("ema", 1.0), ("accumulate", 0), ("clip_gradient", 0.0), ("precision", "fp8")],
+    [
+        ("steps", 0),
+        ("lr", -1.0),
+        ("ema", 1.0),
+        ("accumulate", 0),
+        ("clip_gradient", 0.0),
+        ("precision", "fp8"),
+    ],
 )
 def test_values_that_cannot_work_are_named(field: str, value: object) -> None:
     with pytest.raises(ConfigError, match=field):
@@ -39,7 +46,9 @@ def test_yaml_and_dict_give_back_the_recipe(tmp_path: Path) -> None:
     recipe = Recipe(epochs=3, lr=5e-4, ema=0.999, image_sizes=((0.25, 32), (0.75, 64)), clip_gradient=1.0)
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     path = tmp_path / "recipe.yaml"
-    path.write_text("epochs: 3\nlr: 5e-4\nema: 0.999\nimage_sizes: [[0.25, 32], [0.75, 64]]\nclip_gradient: 1\n")
+    path.write_text(
+        "epochs: 3\nlr: 5e-4\nema: 0.999\nimage_sizes: [[0.25, 32], [0.75, 64]]\nclip_gradient: 1\n"
+    )
     assert Recipe.from_yaml(path) == recipe
 
 

@@ -58,17 +58,26 @@ def train(small: Callable[..., Any], batches: Any, dropping: Any, short: Recipe)
 
 
 def test_training_lowers_the_loss_and_leaves_all_its_files(train: Any, tmp_path: Path, short: Recipe) -> None:
-    result = train(tmp_path, dataclasses.replace(short, epochs=30), callbacks=[Evaluate(lambda clip: {"one": 1.0})])
+    result = train(
+        tmp_path, dataclasses.replace(short, epochs=30), callbacks=[Evaluate(lambda clip: {"one": 1.0})]
+    )
     rows = Table(tmp_path / "log.csv").read()
-    assert result.step == 120 and result.samples == 960 and result.loss < 1.0 < 2.0 < train(tmp_path / "b").loss
+    assert (
+        result.step == 120 and result.samples == 960 and result.loss < 1.0 < 2.0 < train(tmp_path / "b").loss
+    )
     assert [row["step"] for row in rows] == [50, 100, 120] and rows[-1]["epoch"] == 29
     assert rows[-1]["forth"] + rows[-1]["back"] == pytest.approx(rows[-1]["loss"], rel=1e-5)
     assert result.metrics == {"one": 1.0} and len(Table(tmp_path / "metrics.csv").read()) == 30
     assert (tmp_path / "loss.png").exists() and (tmp_path / "clip").is_dir()
-    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-00000118", "step-00000120"]
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == [
+        "step-00000118",
+        "step-00000120",
+    ]
 
 
-def test_one_step_is_adamw_on_the_summed_terms(train: Any, tmp_path: Path, small: Any, batches: Any, dropping: Any) -> None:
+def test_one_step_is_adamw_on_the_summed_terms(
+    train: Any, tmp_path: Path, small: Any, batches: Any, dropping: Any
+) -> None:
     recipe = Recipe(steps=1, warmup=1, lr=1e-2, precision="fp32", weight_decay=0.3)
     result = train(tmp_path, recipe, objective=dropping(share=0.0))
     clip, objective = small(), dropping(share=0.0)
@@ -76,12 +85,16 @@ def test_one_step_is_adamw_on_the_summed_terms(train: Any, tmp_path: Path, small
     for name, parameter in clip.named_parameters():
         # The first step of Adam is the sign of the gradient, nearly.
         assert parameter.grad is not None
-        decayed = parameter * (1 - 1e-2 * 0.3) if name.endswith("weight") and parameter.dim() > 1 else parameter
+        decayed = (
+            parameter * (1 - 1e-2 * 0.3) if name.endswith("weight") and parameter.dim() > 1 else parameter
+        )
         expected = decayed - 1e-2 * parameter.grad / (parameter.grad.abs() + 1e-6)
         torch.testing.assert_close(result.clip.get_parameter(name), expected, atol=2e-5, rtol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("options", [{}, {"ema": 0.9}, {"accumulate": 3}, {"image_sizes": ((0.5, 8), (0.5, 16))}])
+@pytest.mark.parametrize(
+    "options", [{}, {"ema": 0.9}, {"accumulate": 3}, {"image_sizes": ((0.5, 8), (0.5, 16))}]
+)
 def test_a_resumed_training_ends_with_the_same_weights(
     train: Any, tmp_path: Path, short: Recipe, options: dict[str, Any]
 ) -> None:
@@ -107,7 +120,9 @@ def test_plain_lists_of_batches_resume_by_skipping(train: Any, tmp_path: Path, b
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a child to kill is made by fork")
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 @pytest.mark.parametrize("where", ["anywhere", "while a checkpoint is written"])
-def test_killed_at_random_moments_it_ends_with_the_same_weights(train: Any, tmp_path: Path, short: Recipe, where: str) -> None:
+def test_killed_at_random_moments_it_ends_with_the_same_weights(
+    train: Any, tmp_path: Path, short: Recipe, where: str
+) -> None:
     recipe = dataclasses.replace(short, ema=0.9)
     began = time.perf_counter()
     expected = weights(train(tmp_path / "whole", recipe).clip)
@@ -160,7 +175,9 @@ def test_a_finished_training_is_only_loaded(train: Any, tmp_path: Path) -> None:
     assert not steps and equal(weights(first.clip), weights(again.clip)) and again.loss == first.loss
 
 
-def test_resuming_with_another_recipe_names_what_changed(train: Any, tmp_path: Path, short: Recipe, batches: Any) -> None:
+def test_resuming_with_another_recipe_names_what_changed(
+    train: Any, tmp_path: Path, short: Recipe, batches: Any
+) -> None:
     train(tmp_path)
     with pytest.raises(ConfigError, match=r"lr was 0\.003 and is 0\.001"):
         train(tmp_path, dataclasses.replace(short, lr=1e-3))
@@ -206,7 +223,9 @@ def test_the_average_is_what_is_evaluated_and_returned(
         torch.testing.assert_close(last[-1][name], value, atol=1e-6, rtol=1e-5)
 
 
-def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(train: Any, tmp_path: Path, dropping: Any) -> None:
+def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
+    train: Any, tmp_path: Path, dropping: Any
+) -> None:
     class Exploding(dropping):  # type: ignore[misc]
         steps = 0
 
@@ -217,7 +236,10 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(train: Any,
 
     with pytest.raises(Diverged, match=r"step 6 \(loss nan.*since step 4"):
         train(tmp_path, objective=Exploding())
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step-00000002",
+        "step-00000004",
+    ]
 
 
 def test_scale_stays_below_its_bound(train: Any, tmp_path: Path, short: Recipe, small: Any) -> None:
@@ -258,7 +280,9 @@ def test_callbacks_that_draw_random_numbers_change_nothing(train: Any, tmp_path:
     assert equal(weights(plain.clip), weights(watched.clip))
 
 
-def test_stages_run_one_after_the_other_and_resume(train: Any, tmp_path: Path, short: Recipe, dropping: Any) -> None:
+def test_stages_run_one_after_the_other_and_resume(
+    train: Any, tmp_path: Path, short: Recipe, dropping: Any
+) -> None:
     recipes = [short, dataclasses.replace(short, epochs=2, lr=1e-3)]
     one = train(tmp_path / "1", recipes[0], objective=dropping())
     expected = weights(train(tmp_path / "2", recipes[1], objective=dropping(), clip=one.clip).clip)

@@ -67,3 +67,10 @@ def test_an_unknown_filter_is_one_clear_error(arguments: tuple[str, ...], messag
     with pytest.raises(ConfigError) as caught:
         run(*arguments)
     assert message in str(caught.value)
+
+
+def test_help_explains_with_an_example() -> None:
+    """Also with the oldest typer that pyproject.toml allows: 0.15 breaks here beside click 8.2 and newer."""
+    text = run("--help")
+    assert "Example: clipworks papers --family adapt --status works" in text
+    assert "--json" in text

@@ -17,6 +17,7 @@ from PIL import Image
 pytest.importorskip("lancedb")
 
 import clipworks
+import clipworks.search.build as building
 import clipworks.search.index as module
 from clipworks.errors import ConfigError, DataError, PictureError
 from clipworks.search import Index, Report
@@ -147,7 +148,7 @@ def test_a_second_build_reads_no_picture_and_embeds_none(
 ) -> None:
     assert counts(index.add(folder)) == (12, 0, 0, 0, 0)
     forbid(monkeypatch)
-    monkeypatch.setattr(module, "read_facts", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr(building, "read_facts", lambda path: pytest.fail(f"{path} was read"))
     assert counts(index.add(folder)) == (0, 0, 12, 0, 0)
 
 
@@ -203,13 +204,14 @@ def test_a_change_that_keeps_size_and_time_is_found_by_verify_alone(index: Index
 
 def test_pictures_that_cannot_be_read_are_counted_and_do_not_stop_a_build(index: Index, folder: Path) -> None:
     (folder / "text.jpg").write_text("no picture")
+    (folder / "same.jpg").write_text("no picture")
     (folder / "cut.png").write_bytes((folder / "0.png").read_bytes()[:60])
     (folder / "lost.png").symlink_to(folder / "nothing")
     report = index.add(folder)
-    assert counts(report) == (12, 0, 0, 0, 3)
-    assert {Path(path).name for path, _ in report.skipped} == {"text.jpg", "cut.png", "lost.png"}
+    assert counts(report) == (12, 0, 0, 0, 4)
+    assert {Path(path).name for path, _ in report.skipped} == {"text.jpg", "same.jpg", "cut.png", "lost.png"}
     assert all(Path(path).name in reason for path, reason in report.skipped)
-    assert report.seen == 15
+    assert report.seen == 16
     assert len(index) == 12
 
 
@@ -251,10 +253,10 @@ def test_paths_with_quotes_blanks_and_other_scripts_come_and_go(index: Index, tm
     files = [draw(tmp_path / "odd" / name, i) for i, name in enumerate(names)]
     index.add(tmp_path / "odd")
     assert paths(index) == sorted(map(str, files))
-    for file in files[1:]:
+    for file in files[:-1]:
         file.unlink()
     assert index.add(tmp_path / "odd").removed == len(files) - 1
-    assert paths(index) == [str(files[0])]
+    assert paths(index) == [str(files[-1])]
 
 
 def test_a_name_that_is_not_utf_8_is_reported(index: Index, folder: Path) -> None:
@@ -276,7 +278,7 @@ def test_a_build_hands_on_no_more_pictures_at_once_than_it_commits(
         return encode(clip, sources, **options)
 
     monkeypatch.setattr(module, "encode_images", watched)
-    monkeypatch.setattr(module, "COMMIT", 5)
+    monkeypatch.setattr(building, "COMMIT", 5)
     index.add(folder, progress=lambda finished, total: done.append((finished, total, len(index))))
     assert sizes == [5, 5, 2]
     assert done == [(5, 12, 5), (10, 12, 10), (12, 12, 12)]
@@ -284,7 +286,7 @@ def test_a_build_hands_on_no_more_pictures_at_once_than_it_commits(
 
 KILLED = """
 import sys
-import clipworks, clipworks.search.index as module
+import clipworks, clipworks.search.build as module
 from clipworks.search import Index
 module.COMMIT = 3
 clip = clipworks.load(sys.argv[1])
@@ -324,6 +326,12 @@ def test_a_build_that_is_killed_goes_on_and_loses_or_doubles_nothing(
         assert hit.path == str(file)
     forbid(monkeypatch)
     assert counts(index.add(tmp_path / "many")) == (0, 0, 60, 0, 0)
+
+
+def test_two_builds_at_once_are_refused(index: Index, folder: Path) -> None:
+    with index._table.alone(), pytest.raises(DataError, match="another process is building this index"):
+        Index.open(index.path, index.clip).add(folder)
+    assert index.add(folder).embedded == 12
 
 
 # ------------------------------------------------------------------------------------------------ the model

@@ -1,83 +1,82 @@
 """The geometry of a CLIP read off the shapes of its weights.
 
-Widths, depths, patch and context follow from shapes. Three things do not: how many heads a width is cut
-into (64 wide unless somebody says otherwise), the activation, and the eps of the norms. They come in as
-`Hints`, from the file's own config or the table of known models.
+Widths, depths, patch and context follow from shapes. Other things do not: into how many heads a width is
+cut, the activation, mean and deviation of the pixels. A file that does not say them is not guessed at; they
+come in as `Settings`, from the file's own config, the table of known models or the caller (see `settings`).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from clipworks.checkpoints.layouts import Layout
+from clipworks.checkpoints.settings import Settings
 from clipworks.core.config import (
-    CLIP_MEAN,
-    CLIP_STD,
-    Activation,
     BlockConfig,
     Config,
     PreprocessingConfig,
     ResNetConfig,
     TextConfig,
-    TokenizerConfig,
     VisionConfig,
 )
-from clipworks.errors import CheckpointError
+from clipworks.errors import CheckpointError, ConfigError
+
+T = TypeVar("T")
+HEADS = "into how many heads it is cut"
 
 
-@dataclass(frozen=True)
-class Hints:
-    """What shapes cannot say. None means: as the layout usually has it."""
-
-    activation: Activation | None = None
-    text_activation: Activation | None = None
-    image_heads: int | None = None
-    text_heads: int | None = None
-    norm_eps: float | None = None
-    text_norm_eps: float | None = None
-    image_size: int | None = None
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
-    text_mask: str | None = None
-    tokenizer: TokenizerConfig | None = None
-    preprocessing: PreprocessingConfig | None = None
-    name: str = ""
-
-
-def geometry(layout: Layout, weights: Mapping[str, Tensor], hints: Hints, source: str) -> Config:
-    """The Config of cleaned weights.
+def geometry(layout: Layout, weights: Mapping[str, Tensor], settings: Settings, source: str, name: str = "") -> Config:
+    """The Config of cleaned weights (...); its tokenizer is left at the default.
 
     Raises:
-        CheckpointError: naming the tensor whose shape contradicts another or the hints.
+        CheckpointError: naming the tensor whose shape contradicts another, or what nobody said.
     """
     shapes = Shapes(weights, source)
-    if layout == "transformers":
-        return _transformers(shapes, hints)
-    sigmoid = "logit_bias" in weights
-    prefix = "" if layout == "openai" else "text."
-    text = _text(shapes, hints, prefix, siglip=layout == "siglip")
-    if layout == "siglip":
-        image: VisionConfig | ResNetConfig = _timm(shapes, hints)
-        width = image.width
-    elif "visual.layer1.0.conv1.weight" in weights:
-        image = _resnet(shapes, hints)
-        width = shapes.of("visual.attnpool.c_proj.weight", 2)[0]
-    else:
-        image = _openai_vision(shapes, hints)
-        width = shapes.of("visual.proj", 2)[1]
-    return Config(
-        width=width,
-        image=image,
-        text=text,
-        sigmoid=sigmoid,
-        tokenizer=hints.tokenizer or TokenizerConfig(),
-        preprocessing=hints.preprocessing or PreprocessingConfig(resize="squash" if layout == "siglip" else "shortest"),
-        name=hints.name,
-    )
+    check_complete(settings, layout, shapes)
+    try:
+        image, width = _image(layout, shapes, settings)
+        text = _transformers_text(shapes, settings) if layout == "transformers" else _text(layout, shapes, settings)
+        siglip = isinstance(image, VisionConfig) and image.pooling == "attention"
+        return Config(
+            width=width,
+            image=image,
+            text=text,
+            sigmoid="logit_bias" in weights,
+            preprocessing=PreprocessingConfig(
+                resize=settings.resize or ("squash" if siglip else "shortest"),
+                interpolation=settings.interpolation or "bicubic",
+            ),
+            name=name,
+        )
+    except ConfigError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+
+
+def check_complete(settings: Settings, layout: Layout, shapes: Shapes) -> None:
+    """What has no safe default must have been said.
+
+    Raises:
+        CheckpointError: naming all that is missing, and the arguments that say it.
+    """
+    missing, arguments = [], []
+    if settings.activation is None:
+        missing.append("its activation")
+        arguments.append('activation="quick_gelu" or "gelu"')
+    if settings.mean is None or settings.std is None:
+        missing.append("mean and deviation of its pictures")
+        arguments.append('statistics="clip" or "half"')
+    if settings.text_heads is None or settings.image_heads is None:
+        missing.append(HEADS)
+        arguments.append("heads=(image, text)")
+    if missing:
+        raise CheckpointError(
+            f"{shapes.source}: the file does not say {', '.join(missing)}, and a wrong guess gives wrong answers without "
+            f'an error: pass like="NAME", a known model whose settings it shares, or {", ".join(arguments)}'
+        )
 
 
 class Shapes:
@@ -101,11 +100,16 @@ class Shapes:
         return shape
 
     def depth(self, pattern: str) -> int:
-        """How many numbered parts there are: `pattern` holds one group, the number."""
+        """How many numbered parts there are: `pattern` holds one group, the number.
+
+        Raises:
+            CheckpointError: if one in between is missing.
+        """
         found = {int(match[1]) for name in self.weights if (match := re.match(pattern, name))}
         if found != set(range(len(found))):
             gap = min(set(range(len(found))) - found)
-            raise CheckpointError(f"{self.source}: block {gap} of {pattern} is missing")
+            where = pattern.replace("\\", "").replace("(d+)", str(gap))
+            raise CheckpointError(f"{self.source}: {where}* is missing, though there are higher numbers")
         return len(found)
 
     def square(self, cells: int, name: str) -> int:
@@ -114,168 +118,189 @@ class Shapes:
         Raises:
             CheckpointError: if it is none.
         """
-        side = round(cells**0.5)
-        if side * side != cells:
-            raise CheckpointError(f"{self.source}: {name} has {cells} places, which is no square grid")
+        side = round(max(cells, 0) ** 0.5)
+        if cells < 1 or side * side != cells:
+            raise CheckpointError(f"{self.source}: {name} has {cells} places for patches, which is no square grid")
         return side
 
-    def heads(self, width: int, given: int | None, what: str) -> int:
-        """The number of heads: as given, else 64 wide.
+    def blocks(self, depth: int, width: int, heads: int | None, what: str, mlp: str) -> tuple[BlockConfig, ...]:
+        """One entry a block; `mlp` names the weight of the entrance of block {}'s MLP.
 
         Raises:
-            CheckpointError: if the width is not divisible.
+            CheckpointError: if the width cannot be cut into so many heads.
         """
-        heads = given or max(1, width // 64)
-        if width % heads:
+        if not heads or width % heads:
             raise CheckpointError(f"{self.source}: the {what} width {width} cannot be cut into {heads} heads")
-        return heads
+        return tuple(BlockConfig(heads, width // heads, self.of(mlp.format(i), 2)[0]) for i in range(depth))
 
 
-def _blocks(shapes: Shapes, depth: int, width: int, heads: int, name: str) -> tuple[BlockConfig, ...]:
-    return tuple(
-        BlockConfig(heads, width // heads, shapes.of(name.format(i), 2)[0]) for i in range(depth)
-    )
+def _image(layout: Layout, shapes: Shapes, settings: Settings) -> tuple[VisionConfig | ResNetConfig, int]:
+    """The image tower, and D."""
+    if layout == "transformers":
+        return _transformers_vision(shapes, settings)
+    if layout == "siglip":
+        image = _timm(shapes, settings)
+        return image, image.width
+    if "visual.layer1.0.conv1.weight" in shapes.weights:
+        return _resnet(shapes, settings), shapes.of("visual.attnpool.c_proj.weight", 2)[0]
+    return _openai_vision(shapes, settings), shapes.of("visual.proj", 2)[1]
 
 
-def _image_size(shapes: Shapes, grid: int, patch: int, hints: Hints) -> int:
-    size = grid * patch
-    # A grid may leave some pixels over (384 into patches of 14); the hint then has the true size.
-    if hints.image_size and hints.image_size // patch != grid:
-        raise CheckpointError(
-            f"{shapes.source}: an image size of {hints.image_size} gives {hints.image_size // patch} patches a side, "
-            f"the position table has {grid}"
-        )
-    return size
-
-
-def _statistics(hints: Hints, siglip: bool) -> dict[str, tuple[float, float, float]]:
-    half = (0.5, 0.5, 0.5)
-    return {
-        "mean": hints.mean or (half if siglip else CLIP_MEAN),
-        "std": hints.std or (half if siglip else CLIP_STD),
-    }
-
-
-def _openai_vision(shapes: Shapes, hints: Hints) -> VisionConfig:
+def _openai_vision(shapes: Shapes, settings: Settings) -> VisionConfig:
     width, _, patch, _ = shapes.of("visual.conv1.weight", 4)
     places = shapes.of("visual.positional_embedding", 2)[0]
     grid = shapes.square(places - 1, "visual.positional_embedding")
     depth = shapes.depth(r"visual\.transformer\.resblocks\.(\d+)\.")
-    heads = shapes.heads(width, hints.image_heads, "image")
+    mlp = "visual.transformer.resblocks.{}.mlp.c_fc.weight"
     return VisionConfig(
-        image_size=_image_size(shapes, grid, patch, hints),
+        image_size=grid * patch,
         patch_size=patch,
         width=width,
-        blocks=_blocks(shapes, depth, width, heads, "visual.transformer.resblocks.{}.mlp.c_fc.weight"),
-        activation=hints.activation or "gelu",
-        norm_eps=hints.norm_eps or 1e-5,
-        **_statistics(hints, False),
+        blocks=shapes.blocks(depth, width, settings.image_heads, "image", mlp),
+        activation=known(settings.activation),
+        norm_eps=settings.norm_eps or 1e-5,
+        patch_bias="visual.conv1.bias" in shapes.weights,
+        mean=known(settings.mean),
+        std=known(settings.std),
     )
 
 
-def _resnet(shapes: Shapes, hints: Hints) -> ResNetConfig:
+def _resnet(shapes: Shapes, settings: Settings) -> ResNetConfig:
     width = shapes.of("visual.layer1.0.conv1.weight", 4)[0]
     places, channels = shapes.of("visual.attnpool.positional_embedding", 2)
     grid = shapes.square(places - 1, "visual.attnpool.positional_embedding")
-    layers = tuple(shapes.depth(rf"visual\.layer{n}\.(\d+)\.") for n in (1, 2, 3, 4))
+    first, second, third, fourth = (shapes.depth(rf"visual\.layer{n}\.(\d+)\.") for n in (1, 2, 3, 4))
+    heads = known(settings.image_heads)
+    if channels % heads:
+        raise CheckpointError(f"{shapes.source}: the pool's width {channels} cannot be cut into {heads} heads")
     return ResNetConfig(
-        image_size=_image_size(shapes, grid, 32, hints),
-        layers=layers,  # type: ignore[arg-type]
+        image_size=grid * 32,
+        layers=(first, second, third, fourth),
         width=width,
-        heads=shapes.heads(channels, hints.image_heads, "pool"),
-        **_statistics(hints, False),
+        heads=heads,
+        mean=known(settings.mean),
+        std=known(settings.std),
     )
 
 
-def _timm(shapes: Shapes, hints: Hints) -> VisionConfig:
+def _timm(shapes: Shapes, settings: Settings) -> VisionConfig:
     trunk = "visual.trunk"
     width, _, patch, _ = shapes.of(f"{trunk}.patch_embed.proj.weight", 4)
     grid = shapes.square(shapes.of(f"{trunk}.pos_embed", 3)[1], f"{trunk}.pos_embed")
     depth = shapes.depth(r"visual\.trunk\.blocks\.(\d+)\.")
-    heads = shapes.heads(width, hints.image_heads, "image")
-    return _siglip_vision(
-        shapes, hints, width, patch, grid, _blocks(shapes, depth, width, heads, trunk + ".blocks.{}.mlp.fc1.weight")
-    )
+    blocks = shapes.blocks(depth, width, settings.image_heads, "image", trunk + ".blocks.{}.mlp.fc1.weight")
+    return _siglip_vision(settings, width, patch, grid, blocks)
 
 
 def _siglip_vision(
-    shapes: Shapes, hints: Hints, width: int, patch: int, grid: int, blocks: tuple[BlockConfig, ...]
+    settings: Settings, width: int, patch: int, grid: int, blocks: tuple[BlockConfig, ...]
 ) -> VisionConfig:
     return VisionConfig(
-        image_size=_image_size(shapes, grid, patch, hints),
+        image_size=grid * patch,
         patch_size=patch,
         width=width,
         blocks=blocks,
-        activation=hints.activation or "gelu_tanh",
-        norm_eps=hints.norm_eps or 1e-6,
+        activation=known(settings.activation),
+        norm_eps=settings.norm_eps or 1e-6,
         class_token=False,
         pre_norm=False,
         patch_bias=True,
         pooling="attention",
         projection=False,
-        **_statistics(hints, True),
+        mean=known(settings.mean),
+        std=known(settings.std),
     )
 
 
-def _text(shapes: Shapes, hints: Hints, prefix: str, siglip: bool) -> TextConfig:
+def _text(layout: Layout, shapes: Shapes, settings: Settings) -> TextConfig:
+    prefix, siglip = "" if layout == "openai" else "text.", layout == "siglip"
     vocabulary, width = shapes.of(f"{prefix}token_embedding.weight", 2)
-    length = shapes.of(f"{prefix}positional_embedding", 2)[0]
     depth = shapes.depth(rf"{re.escape(prefix)}transformer\.resblocks\.(\d+)\.")
-    heads = shapes.heads(width, hints.text_heads, "text")
-    biased = f"{prefix}text_projection.bias" in shapes.weights
+    mlp = prefix + "transformer.resblocks.{}.mlp.c_fc.weight"
     return TextConfig(
-        context_length=length,
+        context_length=shapes.of(f"{prefix}positional_embedding", 2)[0],
         vocab_size=vocabulary,
         width=width,
-        blocks=_blocks(shapes, depth, width, heads, prefix + "transformer.resblocks.{}.mlp.c_fc.weight"),
-        activation=hints.text_activation or hints.activation or ("gelu_tanh" if siglip else "gelu"),
-        norm_eps=hints.text_norm_eps or hints.norm_eps or (1e-6 if siglip else 1e-5),
-        mask=hints.text_mask or ("none" if siglip else "causal"),  # type: ignore[arg-type]
-        projection="biased" if biased else "linear",
+        blocks=shapes.blocks(depth, width, settings.text_heads, "text", mlp),
+        activation=known(settings.text_activation or settings.activation),
+        norm_eps=settings.text_norm_eps or settings.norm_eps or (1e-6 if siglip else 1e-5),
+        mask=settings.text_mask or ("none" if siglip else "causal"),
+        projection="biased" if f"{prefix}text_projection.bias" in shapes.weights else "linear",
     )
 
 
-def _transformers(shapes: Shapes, hints: Hints) -> Config:
+def _transformers_vision(shapes: Shapes, settings: Settings) -> tuple[VisionConfig, int]:
     embeddings = "vision_model.embeddings"
     siglip = "vision_model.head.probe" in shapes.weights
     width, _, patch, _ = shapes.of(f"{embeddings}.patch_embedding.weight", 4)
     places = shapes.of(f"{embeddings}.position_embedding.weight", 2)[0]
     grid = shapes.square(places - (not siglip), f"{embeddings}.position_embedding.weight")
     depth = shapes.depth(r"vision_model\.encoder\.layers\.(\d+)\.")
-    heads = shapes.heads(width, hints.image_heads, "image")
-    blocks = _blocks(shapes, depth, width, heads, "vision_model.encoder.layers.{}.mlp.fc1.weight")
+    mlp = "vision_model.encoder.layers.{}.mlp.fc1.weight"
+    blocks = shapes.blocks(depth, width, settings.image_heads, "image", mlp)
     if siglip:
-        image, out = _siglip_vision(shapes, hints, width, patch, grid, blocks), width
-    else:
-        image = VisionConfig(
-            image_size=_image_size(shapes, grid, patch, hints),
-            patch_size=patch,
-            width=width,
-            blocks=blocks,
-            activation=hints.activation or "quick_gelu",
-            norm_eps=hints.norm_eps or 1e-5,
-            **_statistics(hints, False),
-        )
-        out = shapes.of("visual_projection.weight", 2)[0]
-    vocabulary, text_width = shapes.of("text_model.embeddings.token_embedding.weight", 2)
-    text_depth = shapes.depth(r"text_model\.encoder\.layers\.(\d+)\.")
-    text_heads = shapes.heads(text_width, hints.text_heads, "text")
-    text = TextConfig(
+        return _siglip_vision(settings, width, patch, grid, blocks), width
+    image = VisionConfig(
+        image_size=grid * patch,
+        patch_size=patch,
+        width=width,
+        blocks=blocks,
+        activation=known(settings.activation),
+        norm_eps=settings.norm_eps or 1e-5,
+        mean=known(settings.mean),
+        std=known(settings.std),
+    )
+    return image, shapes.of("visual_projection.weight", 2)[0]
+
+
+def _transformers_text(shapes: Shapes, settings: Settings) -> TextConfig:
+    siglip = "vision_model.head.probe" in shapes.weights
+    vocabulary, width = shapes.of("text_model.embeddings.token_embedding.weight", 2)
+    depth = shapes.depth(r"text_model\.encoder\.layers\.(\d+)\.")
+    mlp = "text_model.encoder.layers.{}.mlp.fc1.weight"
+    return TextConfig(
         context_length=shapes.of("text_model.embeddings.position_embedding.weight", 2)[0],
         vocab_size=vocabulary,
-        width=text_width,
-        blocks=_blocks(shapes, text_depth, text_width, text_heads, "text_model.encoder.layers.{}.mlp.fc1.weight"),
-        activation=hints.text_activation or hints.activation or ("gelu_tanh" if siglip else "quick_gelu"),
-        norm_eps=hints.text_norm_eps or hints.norm_eps or (1e-6 if siglip else 1e-5),
-        mask=hints.text_mask or ("none" if siglip else "causal"),  # type: ignore[arg-type]
+        width=width,
+        blocks=shapes.blocks(depth, width, settings.text_heads, "text", mlp),
+        activation=known(settings.text_activation or settings.activation),
+        norm_eps=settings.text_norm_eps or settings.norm_eps or (1e-6 if siglip else 1e-5),
+        mask=settings.text_mask or ("none" if siglip else "causal"),
         projection="biased" if siglip else "linear",
     )
-    return Config(
-        width=out,
-        image=image,
-        text=text,
-        sigmoid=siglip,
-        tokenizer=hints.tokenizer or TokenizerConfig(),
-        preprocessing=hints.preprocessing or PreprocessingConfig(resize="squash" if siglip else "shortest"),
-        name=hints.name,
-    )
+
+
+def facts(config: Config) -> dict[str, Any]:
+    """What a config says about shapes, by the names under which files' configs are compared with it."""
+    image, text = config.image, config.text
+    found: dict[str, Any] = {
+        "width": config.width,
+        "sigmoid": config.sigmoid,
+        "image.size": image.image_size,
+        "image.width": image.width,
+        "text.width": text.width,
+        "text.depth": len(text.blocks),
+        "text.mlp": text.blocks[0].mlp_width if text.blocks else None,
+        "text.length": text.context_length,
+        "text.vocabulary": text.vocab_size,
+        "text.bias": text.projection == "biased",
+        "image.kind": "resnet" if isinstance(image, ResNetConfig) else image.pooling,
+    }
+    if isinstance(image, ResNetConfig):
+        return found | {"image.layers": list(image.layers)}
+    return found | {
+        "image.depth": len(image.blocks),
+        "image.patch": image.patch_size,
+        "image.mlp": image.blocks[0].mlp_width if image.blocks else None,
+    }
+
+
+def known(value: T | None) -> T:
+    """A setting that `check_complete` has made sure of.
+
+    Raises:
+        CheckpointError: if it is None after all.
+    """
+    if value is None:
+        raise CheckpointError("a setting is missing")
+    return value

@@ -24,6 +24,11 @@ from clipworks.errors import CheckpointError
 
 Layout = Literal["openai", "custom", "siglip", "transformers"]
 
+# What DataParallel, compile, FSDP and activation checkpointing put into names.
+WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# What people's own training modules call the model that they hold.
+WHOLE = ("model.", "clip.", "clip_model.")
+
 # Not weights: buffers and geometry that older files carry along.
 IGNORED = re.compile(
     r"(^|\.)(attn_mask|input_resolution|context_length|vocab_size|embeddings\.position_ids|position_ids)$"
@@ -48,19 +53,24 @@ def recognize(names: Mapping[str, Tensor], source: str) -> Layout:
     raise CheckpointError(f"{source}: the names of its weights belong to no layout known here (it has {some} …)")
 
 
-def clean(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights without wrapper prefixes (`module.`, `_orig_mod.`, `model.`) and without what is no weight."""
-    cleaned = {}
-    for name, tensor in weights.items():
-        while match := re.match(r"(module|_orig_mod)\.", name):
-            name = name[match.end() :]
-        name = name.replace("._orig_mod.", ".")
-        if not IGNORED.search(name):
-            cleaned[name] = tensor
-    # A 1-D scale of one element is met as often as the 0-D one.
-    for name in ("logit_scale", "logit_bias"):
-        if name in cleaned and cleaned[name].numel() == 1:
-            cleaned[name] = cleaned[name].reshape(())
+def clean(weights: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Weights (...) without the prefixes of wrappers (`module.`, `_orig_mod.`) and without what is no weight.
+
+    Raises:
+        CheckpointError: if two names become one.
+    """
+    bare_names = [WRAPPERS.sub("", name) for name in weights]
+    prefix = next((one for one in WHOLE if weights and all(name.startswith(one) for name in bare_names)), "")
+    cleaned: dict[str, Tensor] = {}
+    for name, bare in zip(weights, bare_names, strict=True):
+        bare, tensor = bare.removeprefix(prefix), weights[name]
+        if IGNORED.search(bare):
+            continue
+        if bare in cleaned:
+            raise CheckpointError(f"{source}: {name} is there twice, with and without the prefix of a wrapper")
+        # A 1-D scale of one element is met as often as the 0-D one.
+        single = bare in ("logit_scale", "logit_bias") and tensor.numel() == 1
+        cleaned[bare] = tensor.reshape(()) if single else tensor
     return cleaned
 
 

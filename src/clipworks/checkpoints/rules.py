@@ -7,7 +7,7 @@ name that no rule mentions is an error, never ignored.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,33 +57,42 @@ def batch_norm(ours: str, theirs: str) -> Iterator[Rule]:
         yield rule(f"{ours}.{name}", f"{theirs}.{name}")
 
 
-def read(rules: Iterable[Rule], weights: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+def read(
+    rules: Iterable[Rule], weights: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], source: str
+) -> dict[str, Tensor]:
     """Weights (...) under their names to weights under ours.
 
+    Args:
+        shapes: the shape that each weight of ours must have.
+        source: the file, for messages.
+
     Raises:
-        CheckpointError: if a name is missing or left over.
+        CheckpointError: for the first tensor that is missing, left over, of another shape or not finite.
     """
     left = dict(weights)
     ours: dict[str, Tensor] = {}
-    missing = []
+    missing: list[str] = []
     for one in rules:
-        parts = [left.pop(name, None) for name in one.theirs]
-        if one.ours.endswith("num_batches_tracked") and parts[0] is None:
-            parts = [torch.tensor(0)]  # absent from older files, and without influence
-        if any(part is None for part in parts):
-            missing += [name for name, part in zip(one.theirs, parts, strict=True) if part is None]
+        if one.ours.endswith("num_batches_tracked"):
+            # Absent from older files, and without influence on what a trained model answers.
+            left.setdefault(one.theirs[0], torch.tensor(0))
+        absent = [name for name in one.theirs if name not in left]
+        if absent:
+            missing += absent
             continue
-        tensor = parts[0] if len(parts) == 1 else torch.cat([part for part in parts if part is not None])
-        assert tensor is not None
+        parts = [left.pop(name) for name in one.theirs]
+        for name, part in zip(one.theirs, parts, strict=True):
+            _check(name, part, theirs_shape(one, one.theirs.index(name), shapes[one.ours]), source)
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         if one.change == "transposed":
             tensor = tensor.T
         elif one.change == "leading":
-            tensor = tensor.reshape(tensor.shape[one.ones :]) if tensor.shape[: one.ones] == (1,) * one.ones else tensor
+            tensor = tensor.reshape(tensor.shape[one.ones :])
         ours[one.ours] = tensor
     if missing or left:
-        what = [f"{len(missing)} tensors are missing, the first is {missing[0]}"] if missing else []
-        what += [f"{len(left)} tensors belong nowhere, the first is {min(left)}"] if left else []
-        raise CheckpointError(f"{source}: {'; '.join(what)}")
+        what = [f"{_tensors(len(missing))} missing, the first is {missing[0]}"] if missing else []
+        what += [f"{_tensors(len(left))} too many, the first is {min(left)}"] if left else []
+        raise CheckpointError(f"{source}: the weights do not belong together: {'; '.join(what)}")
     return ours
 
 
@@ -96,9 +105,32 @@ def write(rules: Iterable[Rule], weights: Mapping[str, Tensor]) -> dict[str, Ten
             tensor = tensor.T
         elif one.change == "leading":
             tensor = tensor.reshape((1,) * one.ones + tuple(tensor.shape))
-        shares = one.shares or (1,) * len(one.theirs)
-        unit = tensor.shape[0] // sum(shares) if len(shares) > 1 else 1
-        parts = tensor.split([unit * share for share in shares]) if len(shares) > 1 else (tensor,)
+        parts = tensor.split(_sizes(one, tensor.shape[0])) if len(one.theirs) > 1 else (tensor,)
         for name, part in zip(one.theirs, parts, strict=True):
             theirs[name] = part.contiguous()
     return theirs
+
+
+def theirs_shape(one: Rule, place: int, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of a rule's tensor number `place` in the other layout, for a weight of ours of this shape."""
+    if one.change == "transposed":
+        return tuple(reversed(shape))
+    if len(one.theirs) > 1:
+        return (_sizes(one, shape[0])[place], *shape[1:])
+    return (1,) * one.ones + tuple(shape)
+
+
+def _sizes(one: Rule, rows: int) -> list[int]:
+    shares = one.shares or (1,) * len(one.theirs)
+    return [rows // sum(shares) * share for share in shares]
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...], source: str) -> None:
+    if tuple(tensor.shape) != shape:
+        raise CheckpointError(f"{source}: {name} has shape {tuple(tensor.shape)}, the model needs {shape}")
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise CheckpointError(f"{source}: {name} holds values that are not finite")
+
+
+def _tensors(count: int) -> str:
+    return "1 tensor is" if count == 1 else f"{count} tensors are"

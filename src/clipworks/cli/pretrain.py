@@ -12,7 +12,9 @@ import typer
 def pretrain(
     plan: Annotated[Path, typer.Argument(help="YAML file: model, tokenizer, data and recipe.")],
     data: Annotated[Path, typer.Option(help="Folder that the paths in the plan start from.")] = Path(),
-    out: Annotated[Path, typer.Option(help="Folder of the training; an interrupted one is continued.")] = Path("run"),
+    out: Annotated[
+        Path, typer.Option(help="Folder of the training; an interrupted one is continued.")
+    ] = Path("run"),
     objective: Annotated[str | None, typer.Option(help="Objective in place of the plan's.")] = None,
     init: Annotated[str | None, typer.Option(help="Model to start from instead of fresh weights.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps in place of the plan's.")] = None,
@@ -33,7 +35,9 @@ def pretrain(
 
     if resume not in ("auto", "yes", "no"):
         raise ConfigError(f"resume must be auto, yes or no, not {resume!r}")
-    overrides = {key: value for key, value in (("steps", steps), ("epochs", epochs), ("lr", lr)) if value is not None}
+    overrides = {
+        key: value for key, value in (("steps", steps), ("epochs", epochs), ("lr", lr)) if value is not None
+    }
     chosen = read_plan(plan, overrides)
     if objective is not None:
         chosen = replace(chosen, objective=objective)
@@ -57,6 +61,6 @@ def pretrain(
         typer.echo(json.dumps(summary))
     else:
         typer.echo(
-            f"{result.step} steps, {result.samples} examples in {result.seconds:.0f} s, loss {result.loss:.3f}: "
-            f"{result.folder / 'clip'}"
+            f"{result.step} steps, {result.samples} examples in {result.seconds:.0f} s, "
+            f"loss {result.loss:.3f}: {result.folder / 'clip'}"
         )

@@ -84,7 +84,11 @@ class Clip(nn.Module):
     @classmethod
     def from_config(cls, config: Config, tokenizer: Tokenizer | None = None, *, seed: int | None = 0) -> Clip:
         """A fresh CLIP with the paper's initial weights; `seed=None` leaves them for a checkpoint to fill."""
-        image = (VisionTower if isinstance(config.image, VisionConfig) else ModifiedResNet)(config.image, config.width)  # type: ignore[operator]
+        image: nn.Module
+        if isinstance(config.image, VisionConfig):
+            image = VisionTower(config.image, config.width)
+        else:
+            image = ModifiedResNet(config.image, config.width)
         clip = cls(image, TextTower(config.text, config.width), config=config, tokenizer=tokenizer)
         if seed is not None:
             initialize(clip, torch.Generator().manual_seed(seed))
@@ -120,7 +124,7 @@ class Clip(nn.Module):
         return unit(self.image(pixels)), unit(self.text(tokens))
 
     def embed_images(self, images: Any, **options: Any) -> Tensor:
-        """Unit vectors (n, D) fp32 of pictures: paths, PIL pictures, arrays, tensors, lists and iterators of them.
+        """Unit vectors (n, D) fp32 of pictures: paths, PIL pictures, arrays, tensors, or several of them.
 
         Computed without gradient. Options (batch size, precision, engine, progress, what to do with pictures
         that cannot be read) are those of `clipworks.encode.bulk.encode_images`, which also reports them.
@@ -142,7 +146,10 @@ class Clip(nn.Module):
         return bulk.encode_texts(self, texts, **options)
 
     def class_features(
-        self, class_names: Sequence[str | Sequence[str]], templates: Sequence[str] = DEFAULT_TEMPLATES, **options: Any
+        self,
+        class_names: Sequence[str | Sequence[str]],
+        templates: Sequence[str] = DEFAULT_TEMPLATES,
+        **options: Any,
     ) -> Tensor:
         """The zero-shot head (C, D), unit length: a class's vector is the mean over templates and synonyms.
 
@@ -159,7 +166,9 @@ class Clip(nn.Module):
         for template in templates:
             if "{}" not in template:
                 raise ConfigError(f"the template {template!r} has no {{}} for the class name")
-        prompts = [template.replace("{}", name) for entry in names for name in entry for template in templates]
+        prompts = [
+            template.replace("{}", name) for entry in names for name in entry for template in templates
+        ]
         features = self.embed_texts(prompts, **options)
         counts = [len(entry) * len(templates) for entry in names]
         return unit(torch.stack([rows.mean(dim=0) for rows in features.split(counts)]))

@@ -78,7 +78,9 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
-            raise ConfigError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+            raise ConfigError(
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
+            )
         if self.stem and 2 ** len(self.stem) != self.patch_size:
             raise ConfigError(
                 f"a stem of {len(self.stem)} stages has a stride of {2 ** len(self.stem)}, "
@@ -234,7 +236,9 @@ def _coerce(hint: Any, value: Any, place: str) -> Any:
         if not variadic and len(options) != len(value):
             raise ConfigError(f"{place}: expected {len(options)} values, found {len(value)}")
         inner = (options[0],) * len(value) if variadic else options
-        return tuple(_coerce(h, v, f"{place}[{i}]") for i, (h, v) in enumerate(zip(inner, value, strict=True)))
+        return tuple(
+            _coerce(h, v, f"{place}[{i}]") for i, (h, v) in enumerate(zip(inner, value, strict=True))
+        )
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):

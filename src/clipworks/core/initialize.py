@@ -38,8 +38,9 @@ def _normal(weight: Tensor, std: float, generator: Generator) -> None:
 
 def _transformer(tower: VisionTower | TextTower, generator: Generator) -> None:
     width, depth = tower.width, max(1, len(tower.blocks))
-    for block in tower.blocks:
-        assert isinstance(block, Block)
+    for block in tower.modules():
+        if not isinstance(block, Block):
+            continue
         _linear(block.attention.qkv, width**-0.5, generator)
         _linear(block.attention.out, width**-0.5 * (2 * depth) ** -0.5, generator)
         _linear(block.mlp.fc, (2 * width) ** -0.5, generator)

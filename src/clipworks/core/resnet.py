@@ -61,14 +61,16 @@ class Shortcut(nn.Module):
 class Stage(nn.Sequential):
     """A run of bottlenecks, called as a block is."""
 
-    def forward(self, tokens: Tensor, mask: Mask = None, **halves: object) -> Tensor:
+    def forward(self, tokens: Tensor, mask: Mask = None, **halves: object) -> Tensor:  # type: ignore[override]
         """Maps (B, c, h, w) to maps (B, c', h', w').
 
         Raises:
             ConfigError: if a mask or a half is handed in; a stage of convolutions has none.
         """
         if mask is not None or any(half is not None for half in halves.values()):
-            raise ConfigError("a stage of a ResNet has no attention: it takes neither mask nor attend nor feed")
+            raise ConfigError(
+                "a stage of a ResNet has no attention: it takes neither mask nor attend nor feed"
+            )
         return super().forward(tokens)
 
 
@@ -86,7 +88,9 @@ class ModifiedResNet(Tower):
         self.register_buffer("mean", torch.tensor(config.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(3, 1, 1), persistent=False)
         self.stem = nn.Sequential()
-        for number, (channels, out) in enumerate([(3, width // 2), (width // 2, width // 2), (width // 2, width)], 1):
+        for number, (channels, out) in enumerate(
+            [(3, width // 2), (width // 2, width // 2), (width // 2, width)], 1
+        ):
             stride = 2 if number == 1 else 1
             self.stem.add_module(f"conv_{number}", nn.Conv2d(channels, out, 3, stride, padding=1, bias=False))
             self.stem.add_module(f"bn_{number}", nn.BatchNorm2d(out))

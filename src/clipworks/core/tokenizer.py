@@ -300,7 +300,10 @@ class ClipTokenizer(Tokenizer):
         control_tokens: False: what looks like a control token in a text is text like any other. True: as in
             open_clip, `<start_of_text>` and `<end_of_text>` become the ids of start and end. OpenAI's own
             spellings are the pair `("<|startoftext|>", "<|endoftext|>")`.
-        cache_size: how many words are remembered; a cache for a process, safe to share between threads.
+        cache_size: how many words are remembered; threads may share a tokenizer and its cache.
+
+    Raises:
+        ConfigError: for a context or a cache below 2, or spellings that no cleaned text can hold.
     """
 
     kind = "clip"
@@ -319,6 +322,11 @@ class ClipTokenizer(Tokenizer):
         self.context_length = context_length
         self.control_tokens = control_tokens
         spelled = ("<start_of_text>", "<end_of_text>") if control_tokens is True else control_tokens or ()
+        if len(spelled) not in (0, 2) or any(one.lower().split() != [one] for one in spelled):
+            raise ConfigError(
+                f"control_tokens must be a bool or the spellings of start and end, in lower case and without "
+                f"blanks, not {control_tokens!r}"
+            )
         self._controls = dict(zip(spelled, (self.start, self.end)))
         self._cache = _Cache(cache_size)
 

@@ -308,7 +308,9 @@ def check_pixels(pixels: Tensor, stride: int) -> Tensor:
     if pixels.ndim != 4 or pixels.shape[1] != 3:
         raise ShapeError(f"pixels must be (B, 3, H, W), not {tuple(pixels.shape)}")
     if pixels.shape[2] % stride or pixels.shape[3] % stride:
-        raise ShapeError(f"pixels of {pixels.shape[2]}x{pixels.shape[3]} cannot be cut into patches of {stride}")
+        raise ShapeError(
+            f"pixels of {pixels.shape[2]}x{pixels.shape[3]} cannot be cut into patches of {stride}"
+        )
     if pixels.dtype == torch.uint8:
         return pixels.float() / 255
     if not pixels.is_floating_point():
@@ -328,7 +330,9 @@ def resize_positions(positions: Tensor, grid: Sequence[int], leading: int = 0) -
     height, width = grid
     side = round((positions.shape[0] - leading) ** 0.5)
     if side * side != positions.shape[0] - leading:
-        raise ConfigError(f"a position table of {positions.shape[0]} rows with {leading} leading is not a square grid")
+        raise ConfigError(
+            f"a position table of {positions.shape[0]} rows with {leading} leading is not a square grid"
+        )
     if (height, width) == (side, side):
         return positions
     head, table = positions[:leading], positions[leading:]

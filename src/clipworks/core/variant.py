@@ -46,7 +46,9 @@ def variant(
     for name, make in (modules or {}).items():
         parent, leaf = _walk(twin, name, copied)
         if leaf not in parent._modules:
-            raise ConfigError(f"no module {name!r}{nearest(name, [n for n, _ in module.named_modules() if n])}")
+            raise ConfigError(
+                f"no module {name!r}{nearest(name, [n for n, _ in module.named_modules() if n])}"
+            )
         parent._modules[leaf] = make(parent._modules[leaf])  # type: ignore[arg-type]
         copied.pop(name, None)
     for name, weight in (weights or {}).items():
@@ -74,7 +76,7 @@ def _walk(twin: nn.Module, name: str, copied: dict[str, nn.Module]) -> tuple[nn.
             raise ConfigError(f"no module {step!r} on the way to {name!r}{nearest(step, parent._modules)}")
         place = f"{place}.{step}" if place else step
         if place not in copied:
-            copied[place] = _shallow(parent._modules[step])  # type: ignore[type-var]
+            copied[place] = _shallow(parent.get_submodule(step))
             parent._modules[step] = copied[place]
         parent = copied[place]
     return parent, leaf
@@ -101,7 +103,9 @@ def _replace(parent: nn.Module, leaf: str, name: str, weight: Weight, root: nn.M
     _make_computed(parent, leaf, weight, current)
 
 
-def _make_computed(parent: nn.Module, leaf: str, function: Callable[[Tensor], Tensor], current: Tensor) -> None:
+def _make_computed(
+    parent: nn.Module, leaf: str, function: Callable[[Tensor], Tensor], current: Tensor
+) -> None:
     """Let `parent.leaf` be `function(current)`, evaluated at each use."""
     inner = _computed(parent).get(leaf)
     chained = function if inner is None else (lambda tensor: function(inner(tensor)))
@@ -117,7 +121,9 @@ def _make_computed(parent: nn.Module, leaf: str, function: Callable[[Tensor], Te
     base = getattr(type(parent), "_variant_of", type(parent))
     properties = {name: property(_Computed(name, f)) for name, f in table.items()}
     parent.__class__ = type(
-        base.__name__, (base,), {**properties, "_variant_of": base, "_variant_table": table, "__module__": base.__module__}
+        base.__name__,
+        (base,),
+        {**properties, "_variant_of": base, "_variant_table": table, "__module__": base.__module__},
     )
 
 

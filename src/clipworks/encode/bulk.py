@@ -17,6 +17,7 @@ from torch import Tensor
 
 from clipworks.core.images import prepare_stream
 from clipworks.core.tokenizer import Tokens
+from clipworks.core.towers import TextTower
 from clipworks.encode.packed import text_features
 from clipworks.encode.precision import Precision, choose
 from clipworks.errors import ConfigError, DataError, ShapeError
@@ -63,8 +64,8 @@ def encode_images(
 
     Args:
         clip: its tower, preprocessing and device are used; left in the mode (training or not) it was in.
-        images: one picture or an iterable of them (paths, PIL pictures, bytes, arrays (H, W, 3), tensors (3, H, W)),
-            or pixels (B, 3, H, W), bytes or floats in [0, 1], which are taken as they are.
+        images: one picture or an iterable of them (paths, PIL pictures, bytes, arrays (H, W, 3), tensors
+            (3, H, W)), or pixels (B, 3, H, W), bytes or floats in [0, 1], which are taken as they are.
         batch_size: pictures that go through the tower at once.
         precision: `fp32`, `bf16`, or `auto` (see `precision`).
         workers: threads that read pictures; None for as many as there are cores.
@@ -83,7 +84,9 @@ def encode_images(
     errors: list[tuple[int, str]] = []
     tower = None
     with evaluating(clip):
-        for pixels, places, failed in _picture_batches(clip, images, batch_size, workers, on_error, fast, progress):
+        for pixels, places, failed in _picture_batches(
+            clip, images, batch_size, workers, on_error, fast, progress
+        ):
             errors += failed
             if not len(pixels):
                 continue
@@ -119,7 +122,7 @@ def encode_texts(
         return torch.empty(0, clip.width, device=clip.device)
     with evaluating(clip):
         tower = choose(clip.text, tokens[:8].to(clip.device), precision)
-        if hasattr(tower, "place"):
+        if isinstance(tower, TextTower):
             return _unit(text_features(tower, tokens, positions))
         step = max(1, positions // tokens.ids.shape[1])
         parts = (tokens[start : start + step].to(clip.device) for start in range(0, len(tokens), step))
@@ -158,7 +161,12 @@ class evaluating:
 
 
 def _picture_batches(
-    clip: Clip, images: Any, batch_size: int, workers: int | None, on_error: Literal["raise", "skip"], fast: bool,
+    clip: Clip,
+    images: Any,
+    batch_size: int,
+    workers: int | None,
+    on_error: Literal["raise", "skip"],
+    fast: bool,
     progress: bool,
 ) -> Iterator[tuple[Tensor, list[int], list[tuple[int, str]]]]:
     if isinstance(images, Tensor) and images.ndim == 4:

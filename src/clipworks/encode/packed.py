@@ -61,7 +61,10 @@ class Pack:
         q, k, v = attention.qkv(x)[0].chunk(3, dim=-1)
         mixed = [
             attention.mix(
-                q[bucket.queries], k[bucket.keys], v[bucket.keys], "causal" if bucket.mask is None else bucket.mask
+                q[bucket.queries],
+                k[bucket.keys],
+                v[bucket.keys],
+                "causal" if bucket.mask is None else bucket.mask,
             ).flatten(0, 1)
             for bucket in self.buckets
         ]
@@ -125,7 +128,9 @@ def _lay(order: np.ndarray, lengths: np.ndarray, shared: np.ndarray) -> Pack:
     )
 
 
-def run_packed(tower: TextTower, packed: Pack, content: Tensor, around: Callable[[Pack], Around] | None = None) -> Tensor:
+def run_packed(
+    tower: TextTower, packed: Pack, content: Tensor, around: Callable[[Pack], Around] | None = None
+) -> Tensor:
     """Word vectors of a row, (P, w), through a causal tower to the vectors (n, D) of its texts.
 
     Args:
@@ -158,9 +163,11 @@ def text_features(tower: TextTower, tokens: Tokens, positions: int = 4096) -> Te
         return torch.cat([tower(part) for part in _slices(tokens, positions)])
     device = tower.positions.device
     ordered = Tokens(tokens.ids, tokens.ends)
-    order = np.lexsort(np.where(
-        np.arange(ordered.ids.shape[1]) <= ordered.ends.numpy()[:, None], ordered.ids.numpy(), -1
-    ).T[::-1])
+    order = np.lexsort(
+        np.where(np.arange(ordered.ids.shape[1]) <= ordered.ends.numpy()[:, None], ordered.ids.numpy(), -1).T[
+            ::-1
+        ]
+    )
     features = []
     for rows in _chunks(tokens, order, positions):
         part = tokens[torch.from_numpy(rows)]

@@ -80,7 +80,8 @@ def choose(tower: M, probe: object, precision: Precision) -> M:
         return tower
     twin = cast(tower, torch.bfloat16)
     if precision == "auto":
-        agreement = float(_cosine(tower(probe), twin(probe)).min())
+        with torch.no_grad():
+            agreement = float(_cosine(tower(probe), twin(probe)).min())
         if not agreement >= AGREEMENT:
             logger.warning("bf16 agrees with fp32 only to a cosine of %.4f: encoding in fp32", agreement)
             return tower

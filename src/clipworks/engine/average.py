@@ -33,7 +33,7 @@ class Average:
         """Move towards the weights of `module`, which has the structure of the averaged one."""
         share = 1 - self.decay_at(self.updates)
         self.updates += 1
-        ours, theirs = list(self.module.parameters()), [p.detach() for p in module.parameters()]
+        ours, theirs = ([p.detach() for p in side.parameters()] for side in (self.module, module))
         torch._foreach_lerp_(ours, theirs, share)
         for mine, other in zip(self.module.buffers(), module.buffers(), strict=True):
             mine.copy_(other)

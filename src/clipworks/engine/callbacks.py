@@ -10,7 +10,6 @@ import csv
 import io
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -79,7 +78,12 @@ class State:
 
     def row(self) -> dict[str, float]:
         """All numbers worth keeping, by name."""
-        row: dict[str, float] = {"step": self.step, "epoch": self.epoch, "samples": self.samples, "loss": self.loss}
+        row: dict[str, float] = {
+            "step": self.step,
+            "epoch": self.epoch,
+            "samples": self.samples,
+            "loss": self.loss,
+        }
         row |= {name: float(term) for name, term in self.terms.items() if name != "loss"}
         row["lr"] = self.lr
         if self.gradient_norm is not None:
@@ -151,7 +155,7 @@ class Table:
         temporary = self.path.with_suffix(".writing")
         header = ",".join(self.columns) + "\n" if self.columns else ""
         temporary.write_text(header + "".join(self._format(row) for row in rows), encoding="utf-8")
-        os.replace(temporary, self.path)
+        temporary.replace(self.path)
 
     def _format(self, row: Mapping[str, float]) -> str:
         return ",".join(_cell(row.get(name, math.nan)) for name in self.columns) + "\n"
@@ -185,7 +189,9 @@ class Evaluate(Callback):
         name: of the file, without its ending.
     """
 
-    def __init__(self, function: Callable[[Any], Mapping[str, float]], every: int | None = None, name: str = "metrics"):
+    def __init__(
+        self, function: Callable[[Any], Mapping[str, float]], every: int | None = None, name: str = "metrics"
+    ):
         if every is not None and every < 1:
             raise ConfigError(f"every must be at least 1, not {every}")
         self.function = function
@@ -198,7 +204,9 @@ class Evaluate(Callback):
         rows = self.table.read()
         self.last = int(rows[-1]["step"]) if rows else -1
         if rows:
-            state.metrics.update({name: value for name, value in rows[-1].items() if name not in ("step", "epoch")})
+            state.metrics.update(
+                {name: value for name, value in rows[-1].items() if name not in ("step", "epoch")}
+            )
 
     def on_step(self, state: State) -> None:
         if self.every is not None and state.step % self.every == 0:
@@ -232,7 +240,9 @@ class LossPlot(Callback):
     It draws what `CsvLog` and `Evaluate` have written, so it comes after them.
     """
 
-    def __init__(self, minutes: float = 5.0, log: str = "log.csv", metrics: tuple[str, ...] = ("metrics.csv",)):
+    def __init__(
+        self, minutes: float = 5.0, log: str = "log.csv", metrics: tuple[str, ...] = ("metrics.csv",)
+    ):
         require("matplotlib", extra="train", purpose="the loss plot")
         self.minutes = minutes
         self.log = log
@@ -256,7 +266,7 @@ class LossPlot(Callback):
             return
         steps = [row["step"] for row in rows]
         measured = [table for name in self.metrics if (table := Table(folder / name).read())]
-        figure = Figure(figsize=(8, 3 * (2 + bool(measured))), layout="constrained")
+        figure = Figure(figsize=(8, 3 * (2 + bool(measured))))
         axes = figure.subplots(2 + bool(measured), 1, sharex=True)
         axes[0].plot(steps, [row["loss"] for row in rows], linewidth=0.6, alpha=0.4, color="C0")
         axes[0].plot(steps, _smooth([row["loss"] for row in rows]), color="C0")
@@ -265,13 +275,15 @@ class LossPlot(Callback):
         axes[1].set_ylabel("learning rate")
         for table in measured:
             for name in [name for name in table[0] if name not in ("step", "epoch")]:
-                axes[2].plot([row["step"] for row in table], [row[name] for row in table], marker=".", label=name)
+                axes[2].plot(
+                    [row["step"] for row in table], [row[name] for row in table], marker=".", label=name
+                )
         if measured:
             axes[2].legend()
         axes[-1].set_xlabel("step")
         temporary = folder / ".loss.writing"
         figure.savefig(temporary, format="png", dpi=110)
-        os.replace(temporary, folder / "loss.png")
+        temporary.replace(folder / "loss.png")
 
 
 class Bar(Callback):
@@ -327,7 +339,13 @@ class Lines(Callback):
 def describe(state: State) -> str:
     """The state in one line for people."""
     left = "?" if math.isinf(state.remaining) else f"{_clock(state.remaining)} left"
-    parts = [f"loss {state.loss:.4f}", f"lr {state.lr:.2e}", f"{state.rate:.0f}/s", f"waiting {state.waiting:.0%}", left]
+    parts = [
+        f"loss {state.loss:.4f}",
+        f"lr {state.lr:.2e}",
+        f"{state.rate:.0f}/s",
+        f"waiting {state.waiting:.0%}",
+        left,
+    ]
     parts += [f"{name} {value:.4g}" for name, value in list(state.metrics.items())[:3]]
     return "  ".join(parts)
 

@@ -140,7 +140,8 @@ class CheckpointFolder:
             _save_tensors(average, unfinished / "average.safetensors")
         _save(state, unfinished / "state.pt")
         files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in sorted(unfinished.iterdir())
+            path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)}
+            for path in sorted(unfinished.iterdir())
         }
         document = {"format": FORMAT, "step": step, **summary, "files": files}
         write_durably(unfinished / "checkpoint.json", json.dumps(document, indent=1).encode())
@@ -148,7 +149,7 @@ class CheckpointFolder:
         final = self.path(step)
         if final.exists():  # damaged, and passed over when this run resumed
             self._remove(step)
-        os.replace(unfinished, final)
+        unfinished.replace(final)
         _flush(self.folder)
         for old in self.steps()[: -self.keep]:
             self._remove(old)
@@ -169,7 +170,9 @@ class CheckpointFolder:
             except CheckpointError as error:
                 warnings.warn(f"{error}; falling back to the checkpoint before", stacklevel=2)
         if steps:
-            raise CheckpointError(f"{self.folder}: all {len(steps)} checkpoints are damaged; start with resume=False")
+            raise CheckpointError(
+                f"{self.folder}: all {len(steps)} checkpoints are damaged; start with resume=False"
+            )
         return None
 
     def clear(self) -> None:
@@ -185,7 +188,7 @@ class CheckpointFolder:
     def _remove(self, step: int) -> None:
         # Renamed first, so that a crash in the middle leaves no half checkpoint under a whole one's name.
         doomed = self.folder / f"{_UNFINISHED}old-{step}"
-        os.replace(self.path(step), doomed)
+        self.path(step).replace(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
     def _unfinished(self, step: int) -> Path:
@@ -197,21 +200,36 @@ class CheckpointFolder:
             if summary["format"] != FORMAT:
                 raise CheckpointError(f"{path}: format {summary['format']}, this version reads {FORMAT}")
             for name, expected in summary["files"].items():
-                if (path / name).stat().st_size != expected["bytes"] or _digest(path / name) != expected["sha256"]:
+                if (path / name).stat().st_size != expected["bytes"] or _digest(path / name) != expected[
+                    "sha256"
+                ]:
                     raise CheckpointError(f"{path / name}: not what was written")
             process = path / f"process-{self.rank}.pt"
             return Snapshot(
                 path=path,
                 summary=summary,
                 weights=load_file(path / "weights.safetensors"),
-                average=load_file(path / "average.safetensors") if "average.safetensors" in summary["files"] else None,
+                average=load_file(path / "average.safetensors")
+                if "average.safetensors" in summary["files"]
+                else None,
                 state=torch.load(path / "state.pt", weights_only=True),
                 process=torch.load(process, weights_only=True) if process.exists() else {},
             )
         except CheckpointError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error})".splitlines()[0]) from error
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            RuntimeError,
+            EOFError,
+            UnpicklingError,
+            SafetensorError,
+        ) as error:
+            raise CheckpointError(
+                f"{path}: damaged ({type(error).__name__}: {error})".splitlines()[0]
+            ) from error
 
 
 def require_plain(value: Any, place: str) -> Any:
@@ -227,7 +245,9 @@ def require_plain(value: Any, place: str) -> Any:
         for index, item in enumerate(value):
             require_plain(item, f"{place}[{index}]")
     elif type(value) not in (type(None), bool, int, float, str, bytes) and not isinstance(value, Tensor):
-        raise DataError(f"{place} is a {type(value).__name__}; a checkpoint holds tensors, numbers and strings only")
+        raise DataError(
+            f"{place} is a {type(value).__name__}; a checkpoint holds tensors, numbers and strings only"
+        )
     return value
 
 

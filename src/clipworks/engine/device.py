@@ -25,7 +25,9 @@ class OneDevice:
     def __init__(self, device: torch.device | str | None = None):
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
-    def setup(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+    def setup(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Both as they are."""
         return module, optimizer
 
@@ -46,7 +48,10 @@ def default_fabric() -> Any:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return OneDevice()
     lightning = require("lightning.fabric", extra="train", purpose="training with several processes")
-    local, nodes = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])), int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    local, nodes = (
+        int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])),
+        int(os.environ.get("GROUP_WORLD_SIZE", "1")),
+    )
     fabric = lightning.Fabric(accelerator="auto", devices=local, num_nodes=nodes, strategy="ddp")
     fabric.launch()
     return fabric

@@ -46,7 +46,9 @@ def gather_rows(rows: Tensor) -> Tensor:
     counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size())]
     dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
     if len({int(count) for count in counts}) > 1:
-        raise DataError(f"processes hold different numbers of rows ({[int(c) for c in counts]}); drop the last batch")
+        raise DataError(
+            f"processes hold different numbers of rows ({[int(c) for c in counts]}); drop the last batch"
+        )
     return _Gather.apply(rows.contiguous())
 
 

@@ -36,7 +36,7 @@ class Stage(nn.Module):
     def __init__(self, clip: nn.Module, objective: nn.Module, precision: str):
         super().__init__()
         self.clip = clip
-        self.objective = objective
+        self.objective: Any = objective  # an `Objective` that is a module
         self.precision = precision
 
     def forward(self, batch: Any) -> dict[str, Any]:

@@ -38,7 +38,12 @@ from clipworks.engine.gather import gather_features
 from clipworks.engine.groups import parameter_groups
 from clipworks.engine.meter import Meter
 from clipworks.engine.precision import resolve
-from clipworks.engine.randomness import own_randomness, random_state, restore_random_state, untouched_randomness
+from clipworks.engine.randomness import (
+    own_randomness,
+    random_state,
+    restore_random_state,
+    untouched_randomness,
+)
 from clipworks.engine.recipe import Recipe
 from clipworks.engine.schedule import image_size, learning_rate_factor, resize
 from clipworks.engine.stage import Stage, total
@@ -46,6 +51,7 @@ from clipworks.errors import CheckpointError, ClipworksError, ConfigError, DataE
 
 Resume = Literal["auto"] | bool
 Show = Literal["auto", "bar", "text", "json", "nothing"]
+DEFAULT_SAVING = Saving()
 CHECK_EVERY = 50  # steps between two looks at the loss on a device where each look is a wait
 
 
@@ -89,7 +95,7 @@ def fit(
     folder: str | Path,
     callbacks: Sequence[Callback] = (),
     resume: Resume = "auto",
-    saving: Saving = Saving(),
+    saving: Saving = DEFAULT_SAVING,
     show: Show = "auto",
     fabric: Any = None,
 ) -> Result:
@@ -99,8 +105,8 @@ def fit(
         clip: the model; the objective's `prepare` may give another one to train in its stead.
         objective: what is minimized (see `methods/pretrain/base.py`); several are stages, run one after
             the other, each from the weights that the one before ended with.
-        data: an iterable of `Batch`, anew in each epoch, or one for each stage. `len(data)` is needed for a recipe in
-            epochs. With `state_dict`/`load_state_dict` it resumes at once, otherwise by skipping;
+        data: an iterable of `Batch`, anew in each epoch, or one for each stage. `len(data)` is needed for a
+            recipe in epochs. With `state_dict`/`load_state_dict` it resumes at once, otherwise by skipping;
             `set_epoch(e)` is called where there is one.
         recipe: one for all stages, or one for each.
         folder: where the training writes; stages write into folders of their own in it.
@@ -123,7 +129,9 @@ def fit(
     if isinstance(objective, nn.Module):
         if not isinstance(recipe, Recipe):
             raise ConfigError("one objective takes one recipe")
-        return _Training(clip, objective, data, recipe, folder, saving, fabric).run(resume, _watchers(show, callbacks))
+        return _Training(clip, objective, data, recipe, folder, saving, fabric).run(
+            resume, _watchers(show, callbacks)
+        )
     stages = len(objective)
     recipes = [recipe] * stages if isinstance(recipe, Recipe) else list(recipe)
     sources = list(data) if isinstance(data, (list, tuple)) and len(data) == stages else [data] * stages
@@ -132,7 +140,9 @@ def fit(
     for number, (each, source, own) in enumerate(zip(objective, sources, recipes, strict=True), start=1):
         place = folder / f"stage-{number}"
         training = _Training(clip, each, source, own, place, saving, fabric)
-        result = training.run(resume if number == 1 or resume is False else "auto", _watchers(show, callbacks))
+        result = training.run(
+            resume if number == 1 or resume is False else "auto", _watchers(show, callbacks)
+        )
         clip = result.clip
     return replace(result, folder=folder)
 
@@ -172,7 +182,7 @@ class _Training:
         self.folder = folder
         self.saving = saving
         self.initial = clip
-        self.objective = objective
+        self.objective: Any = objective
         self.checkpoints = CheckpointFolder(folder / "checkpoints", saving.keep, fabric.global_rank)
         self.steps = _length(recipe, data)
         self.epoch = 0
@@ -200,7 +210,7 @@ class _Training:
                         self.stage.clip.parameters(), self.average.module.parameters(), strict=True
                     ):
                         mine.copy_(averaged)
-            clip = self.stage.clip.eval()
+            clip: Any = self.stage.clip.eval()
             if self.fabric.global_rank == 0 and hasattr(clip, "save"):
                 clip.save(self.folder / "clip")
             self.fabric.barrier()
@@ -236,7 +246,10 @@ class _Training:
         changed = [name for name in now if before.get(name) != now[name]]
         if changed:
             changes = ", ".join(f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in changed)
-            raise ConfigError(f"{self.folder} holds a training with another recipe: {changes}; use another folder or resume=False")
+            raise ConfigError(
+                f"{self.folder} holds a training with another recipe: {changes}; "
+                "use another folder or resume=False"
+            )
 
     def _identity(self) -> dict[str, Any]:
         """What must not change when a training is resumed."""
@@ -252,17 +265,23 @@ class _Training:
         clip = self.objective.prepare(self.initial)
         clip.train()
         self.objective.train()
-        self.precision = snapshot.summary["precision"] if snapshot else resolve(recipe.precision, fabric.device)
+        self.precision = (
+            snapshot.summary["precision"] if snapshot else resolve(recipe.precision, fabric.device)
+        )
         self.stage = Stage(clip, self.objective, self.precision).to(fabric.device)
         self.average = Average(clip, recipe.ema) if recipe.ema is not None else None
         groups = getattr(self.objective, "groups", None)
         self.groups = (
-            groups(clip) if groups is not None else parameter_groups(self.stage, weight_decay=recipe.weight_decay)
+            groups(clip)
+            if groups is not None
+            else parameter_groups(self.stage, weight_decay=recipe.weight_decay)
         )
         for group in self.groups:
             group.setdefault("weight_decay", recipe.weight_decay)
             group["highest_lr"] = group.pop("lr", recipe.lr)
-        self.optimizer = torch.optim.AdamW(self.groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True
+        )
         if recipe.compile:
             for tower in (clip.image, clip.text):
                 getattr(tower, "compile_blocks", tower.compile)()
@@ -380,7 +399,9 @@ class _Training:
         return {"loss": total(named)} | {name: term for name, term in named.items() if name != "loss"}
 
     def _check_and_clip(self, terms: dict[str, Tensor]) -> Tensor:
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        parameters = [
+            p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None
+        ]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         self.finite &= torch.isfinite(terms["loss"]) & torch.isfinite(norm)
         if self.fabric.device.type == "cpu" or self.state.step % CHECK_EVERY == 0:
@@ -402,7 +423,9 @@ class _Training:
         due = saving.steps is not None and state.step % saving.steps == 0
         if saving.minutes is not None:
             due |= time.monotonic() - self.saved_at >= 60 * saving.minutes
-        if self.fabric.world_size > 1 and saving.minutes is not None:  # clocks differ: the first process decides
+        if (
+            self.fabric.world_size > 1 and saving.minutes is not None
+        ):  # clocks differ: the first process decides
             due = self.fabric.broadcast(due)
         return due
 

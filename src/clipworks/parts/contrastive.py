@@ -45,8 +45,8 @@ class Targets:
             is normalized to sum 1; sigmoid: probabilities), boolean for several positives; or two tensors of
             ids, (N,) and (M,), where equal ids belong together.
         mask: (N, M) bool, False where a pair is left out; None leaves out none.
-        smoothing: share of the target that is spread: over all pairs of the row or column that are not left out
-            (softmax), or towards 1/2 (sigmoid).
+        smoothing: share of the target that is spread: over all pairs of the row or column that are not
+            left out (softmax), or towards 1/2 (sigmoid).
     """
 
     positives: Tensor | tuple[Tensor, Tensor] | None = None
@@ -227,8 +227,8 @@ def _plain(
         logits = logits.masked_fill(~kept, torch.finfo(logits.dtype).min)
     a = _Coefficients.of(positives, weights, rows.device)
     total = logits.new_zeros(())
-    for scores, dim, weight, factor, rest in ((logits, 1, a.row, a.x, a.p), (logits, 0, a.column, a.y, a.q)):
-        log_p = scores.log_softmax(dim)
+    for dim, factor, rest in ((1, a.x, a.p), (0, a.y, a.q)):
+        log_p = logits.log_softmax(dim)
         share = t * factor.unsqueeze(dim)
         if rest is not None:
             share = share + rest.unsqueeze(dim).expand_as(t)
@@ -265,7 +265,9 @@ class _Plan:
 
 class _Tiled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, columns: Tensor, scale: Tensor, bias: Tensor | None, plan: _Plan) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, columns: Tensor, scale: Tensor, bias: Tensor | None, plan: _Plan
+    ) -> Tensor:
         walk = _Walk(rows, columns, scale, bias, plan)
         loss = walk.sigmoid() if plan.form == "sigmoid" else walk.softmax()
         if plan.gradient_wanted:
@@ -276,7 +278,9 @@ class _Tiled(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        grads = [gradient * upstream if needed else None for gradient, needed in zip(saved, ctx.needs_input_grad)]
+        grads = [
+            gradient * upstream if needed else None for gradient, needed in zip(saved, ctx.needs_input_grad)
+        ]
         return (*grads, None)
 
 
@@ -312,7 +316,7 @@ class _Walk:
         )
 
     def buffer(self, name: str, r: slice, c: slice) -> Tensor:
-        """Scratch memory of a tile; the same for every tile, for new memory costs more than the arithmetic."""
+        """Scratch memory of a tile, the same for all: new memory costs more than the arithmetic."""
         shape = (r.stop - r.start, c.stop - c.start)
         size = shape[0] * shape[1]
         if name not in self.buffers or self.buffers[name].numel() < size:
@@ -353,7 +357,7 @@ class _Walk:
             per_row = losses.sum(1)
             own = _diagonal(r, c) if simple else None
             if own is not None:
-                per_row[own[0]] -= logits[own]
+                per_row[own.start - r.start : own.stop - r.start] -= _paired(logits, r, c)
             loss += (per_row * factor[r]).sum(dtype=torch.float64)
             if self.plan.gradient_wanted:
                 g = logits.sigmoid_()
@@ -362,7 +366,7 @@ class _Walk:
                     if kept is not None:
                         g *= kept
                 if own is not None:
-                    g[own] -= 1
+                    _paired(g, r, c).sub_(1)
                 self.take(g.mul_(factor[r, None]), r, c)
         return loss
 
@@ -396,8 +400,9 @@ class _Walk:
         loss += (a.column * column_lse).masked_fill(a.column == 0, 0).sum()
         if self.plan.gradient_wanted:
             for r, c in _tiles(n, m):
-                logits = kept_tiles.pop((r.start, c.start), None)
-                if logits is None:
+                if (r.start, c.start) in kept_tiles:
+                    logits = kept_tiles.pop((r.start, c.start))
+                else:
                     logits = self.logits(r, c, self.buffer("logits", r, c))
                     if positives.mask is not None:
                         logits.masked_fill_(~positives.mask[r, c], -torch.inf)
@@ -411,9 +416,11 @@ class _Walk:
         if positives.diagonal:
             total = logits.new_zeros((), dtype=torch.float64)
             if own is not None:
-                total = (logits[own].double() * (a.x[r][own[0]] + a.y[c][own[1]])).sum()
+                total = (_paired(logits, r, c).double() * (a.x[own] + a.y[own])).sum()
             if a.p is not None and a.q is not None:
-                total = total + (logits.sum(1).double() * a.p[r]).sum() + (logits.sum(0).double() * a.q[c]).sum()
+                total = (
+                    total + (logits.sum(1).double() * a.p[r]).sum() + (logits.sum(0).double() * a.q[c]).sum()
+                )
             return total
         return (logits.masked_fill(logits == -torch.inf, 0) * self._shares(a, r, c)).sum(dtype=torch.float64)
 
@@ -431,7 +438,7 @@ class _Walk:
     def _gradient(
         self, logits: Tensor, a: _Coefficients, row_lse: Tensor, column_lse: Tensor, r: slice, c: slice
     ) -> Tensor:
-        """G of a tile: `row exp(l - row_lse) + column exp(l - column_lse) - shares`; overwrites the logits."""
+        """G of a tile, `row exp(l - row_lse) + column exp(l - column_lse) - shares`, over the logits."""
         dtype = logits.dtype
         used_r, used_c = a.row[r] > 0, a.column[c] > 0
         normalizers = torch.cat([row_lse[used_r], column_lse[used_c]])
@@ -454,7 +461,7 @@ class _Walk:
             return g.sub_(self._shares(a, r, c))
         own = _diagonal(r, c)
         if own is not None:
-            g[own] -= a.x[r][own[0]] + a.y[c][own[1]]
+            _paired(g, r, c).sub_(a.x[own] + a.y[own])
         if a.p is not None and a.q is not None:
             g.sub_(a.p[r, None]).sub_(a.q[None, c])
         return g
@@ -482,13 +489,15 @@ def _tiles(n: int, m: int) -> Iterator[tuple[slice, slice]]:
             yield slice(start, min(n, start + TILE[0])), slice(left, min(m, left + TILE[1]))
 
 
-def _diagonal(r: slice, c: slice) -> tuple[Tensor, Tensor] | None:
-    """Indices of the pairs (i, i) that lie in a tile."""
+def _diagonal(r: slice, c: slice) -> slice | None:
+    """The pairs (i, i) that lie in a tile."""
     start, stop = max(r.start, c.start), min(r.stop, c.stop)
-    if start >= stop:
-        return None
-    index = torch.arange(start, stop)
-    return index - r.start, index - c.start
+    return slice(start, stop) if start < stop else None
+
+
+def _paired(tile: Tensor, r: slice, c: slice) -> Tensor:
+    """A view of the pairs (i, i) of a tile."""
+    return tile.diagonal(r.start - c.start)
 
 
 def _check(rows: Tensor, columns: Tensor, form: str, targets: Targets, weights: Tensor | None) -> None:
@@ -497,13 +506,17 @@ def _check(rows: Tensor, columns: Tensor, form: str, targets: Targets, weights: 
     if not 0 <= targets.smoothing < 1:
         raise ConfigError(f"smoothing must lie in [0, 1), not {targets.smoothing}")
     if rows.dim() != 2 or columns.dim() != 2 or rows.shape[1] != columns.shape[1]:
-        raise ShapeError(f"rows {tuple(rows.shape)} and columns {tuple(columns.shape)} must be (N, D) and (M, D)")
+        raise ShapeError(
+            f"rows {tuple(rows.shape)} and columns {tuple(columns.shape)} must be (N, D) and (M, D)"
+        )
     n, m = len(rows), len(columns)
     if not n or not m:
         raise ShapeError(f"a contrastive loss of {n} rows and {m} columns has nothing to compare")
     positives = targets.positives
     if positives is None and n != m:
-        raise ShapeError(f"without positives, row i belongs to column i; {n} rows and {m} columns do not pair")
+        raise ShapeError(
+            f"without positives, row i belongs to column i; {n} rows and {m} columns do not pair"
+        )
     if isinstance(positives, Tensor) and positives.shape != (n, m):
         raise ShapeError(f"positives {tuple(positives.shape)} must be ({n}, {m})")
     if isinstance(positives, tuple) and [len(ids) for ids in positives] != [n, m]:
@@ -511,4 +524,6 @@ def _check(rows: Tensor, columns: Tensor, form: str, targets: Targets, weights: 
     if targets.mask is not None and (targets.mask.shape != (n, m) or targets.mask.dtype != torch.bool):
         raise ShapeError(f"mask {tuple(targets.mask.shape)} {targets.mask.dtype} must be ({n}, {m}) bool")
     if weights is not None and (weights.shape != (n,) or (form == "softmax" and n != m)):
-        raise ShapeError(f"weights {tuple(weights.shape)} must be ({n},), and the softmax form needs N = M for them")
+        raise ShapeError(
+            f"weights {tuple(weights.shape)} must be ({n},), and the softmax form needs N = M for them"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from clipworks.search.index import Hit, Index, Report
+from clipworks.search.build import Report
+from clipworks.search.index import Hit, Index
 
 __all__ = ["Hit", "Index", "Report"]

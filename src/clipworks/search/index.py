@@ -1,12 +1,7 @@
 """Index: pictures by content, found by words or by another picture.
 
-Building is incremental. A file whose size and time of change are known is not read; one that is read is
-told by the sha256 of its bytes, so that a copy, a renamed or a merely touched file is not encoded again.
-Work is committed every `COMMIT` pictures: a build that is killed loses at most those, and the next one
-goes on. Pictures and vectors stream; what a build keeps in memory is a few hundred bytes for each path
-of the index.
-
-Vectors have unit length and are compared by cosine, exactly: every row is looked at.
+Building is incremental and survives being killed (see `build`). Vectors have unit length and are compared
+by cosine, exactly: every row is looked at.
 """
 
 from __future__ import annotations
@@ -14,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,17 +19,14 @@ import torch
 
 from clipworks.checkpoints.zoo import load
 from clipworks.core.images import Source, find_pictures
-from clipworks.encode.bulk import encode_images
+from clipworks.encode.bulk import Encoded, encode_images
 from clipworks.encode.precision import Precision
-from clipworks.errors import ConfigError, DataError, PictureError
-from clipworks.search.files import Facts, is_gone, read_facts, stamp
+from clipworks.errors import ConfigError, DataError
+from clipworks.search.build import Build, Report
 from clipworks.search.table import Table, exists
 
 if TYPE_CHECKING:
     from clipworks.core.clip import Clip
-
-COMMIT = 256
-_COMMITS_BEFORE_COMPACTION = 256
 
 
 @dataclass(frozen=True)
@@ -47,50 +38,6 @@ class Hit:
     width: int
     height: int
     caption: str | None
-    digest: str
-
-
-@dataclass
-class Report:
-    """What a build did, in pictures.
-
-    Attributes:
-        embedded: went through the model, because they were new or had changed.
-        reused: new or touched files whose content the index already had.
-        unchanged: were in the index as they are.
-        removed: left the index, because their file is gone or can no longer be read.
-        skipped: (path, reason) of each file that could not be read.
-        seconds: how long it took.
-    """
-
-    embedded: int = 0
-    reused: int = 0
-    unchanged: int = 0
-    removed: int = 0
-    skipped: list[tuple[str, str]] = field(default_factory=list)
-    seconds: float = 0.0
-
-    @property
-    def seen(self) -> int:
-        """How many files were looked at."""
-        return self.embedded + self.reused + self.unchanged + len(self.skipped)
-
-    def add(self, other: Report) -> None:
-        """Count another build in."""
-        self.embedded += other.embedded
-        self.reused += other.reused
-        self.unchanged += other.unchanged
-        self.removed += other.removed
-        self.skipped += other.skipped
-        self.seconds += other.seconds
-
-
-@dataclass
-class _Known:
-    """What the table says of a path."""
-
-    size: int
-    mtime_ns: int
     digest: str
 
 
@@ -208,124 +155,23 @@ class Index:
         if not paths and place is not None:
             # An empty folder is more often a disk that is not mounted than a wish to forget everything.
             raise DataError(f"{place}: no pictures there; the index is left as it is")
-        known = self._known()
-        report = Report()
-        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as readers:
-            for commit, first in enumerate(range(0, len(paths), COMMIT), 1):
-                chunk = paths[first : first + COMMIT]
-                self._update(
-                    chunk, known, report, readers, verify=verify, batch_size=batch_size, precision=precision
-                )
-                if commit % _COMMITS_BEFORE_COMPACTION == 0:
-                    self._table.compact()
-                if progress is not None:
-                    progress(first + len(chunk), len(paths))
-        if place is not None and place.is_dir():
-            below = os.path.join(os.path.abspath(place), "")  # noqa: PTH100, PTH118  with its last slash
-            gone = [path for path in known if path.startswith(below) and is_gone(path)]
-            self._table.delete(gone)
-            report.removed += len(gone)
-        if report.embedded or report.reused or report.removed:
-            self._table.compact()
-        report.seconds = time.monotonic() - start
-        return report
+
+        def encode(sources: list[str]) -> Encoded:
+            options: dict[str, Any] = {"batch_size": batch_size, "precision": precision, "on_error": "skip"}
+            return encode_images(self.clip, sources, **options)
+
+        with self._table.alone():
+            build = Build(self._table, self.model, encode, verify=verify)
+            build.update(paths, progress)
+            if place is not None and place.is_dir():
+                build.forget(os.path.join(os.path.abspath(place), ""))  # noqa: PTH100, PTH118  with its last slash
+            build.finish()
+        build.report.seconds = time.monotonic() - start
+        return build.report
 
     def remove(self, paths: Iterable[str | os.PathLike[str]]) -> None:
         """Take pictures out of the index; paths that are not in it do not matter."""
         self._table.delete([os.path.abspath(path) for path in paths])  # noqa: PTH100
-
-    def _known(self) -> dict[str, _Known]:
-        known = {}
-        for piece in self._table.scan(("path", "size", "mtime_ns", "hash")):
-            for path, size, mtime_ns, digest in zip(*piece.values(), strict=True):
-                known[path] = _Known(size, mtime_ns, digest)
-        return known
-
-    def _update(
-        self,
-        paths: Sequence[str],
-        known: dict[str, _Known],
-        report: Report,
-        readers: ThreadPoolExecutor,
-        *,
-        verify: bool,
-        batch_size: int,
-        precision: Precision,
-    ) -> None:
-        """One commit: what is new or changed among `paths` is read, encoded where needed, and written."""
-
-        def look(path: str) -> Facts | PictureError | None:
-            try:
-                row = known.get(path)
-                if row is not None and not verify and stamp(path) == (row.size, row.mtime_ns):
-                    return None
-                return read_facts(path)
-            except PictureError as error:
-                return error
-
-        changed: list[Facts] = []
-        failed: list[tuple[str, str]] = []
-        for path, seen in zip(paths, readers.map(look, paths), strict=True):
-            if seen is None:
-                report.unchanged += 1
-            elif isinstance(seen, PictureError):
-                failed.append((path, str(seen)))
-            elif verify and path in known and _same(known[path], seen):
-                report.unchanged += 1
-            else:
-                changed.append(seen)
-
-        # Each content once: the first file that has it stands for all.
-        first = {facts.digest: facts.path for facts in reversed(changed)}
-        vectors = self._table.vectors(list(first))
-        fresh = [digest for digest in first if digest not in vectors]
-        reasons = {}
-        if fresh:
-            sources = [first[digest] for digest in fresh]
-            encoded = encode_images(
-                self.clip, sources, batch_size=batch_size, precision=precision, on_error="skip"
-            )
-            features = encoded.features.float().cpu().numpy()
-            vectors |= {fresh[place]: vector for place, vector in zip(encoded.kept, features, strict=True)}
-            reasons = {fresh[place]: reason for place, reason in encoded.errors}
-
-        rows = []
-        standing = {first[digest] for digest in fresh}
-        for facts in changed:
-            if facts.digest in reasons:
-                failed.append((facts.path, reasons[facts.digest]))
-                continue
-            rows.append(facts)
-            if facts.path in standing:
-                report.embedded += 1
-            else:
-                report.reused += 1
-        if rows:
-            self._table.upsert(
-                [self._row(facts) for facts in rows], np.stack([vectors[f.digest] for f in rows])
-            )
-        for facts in rows:
-            known[facts.path] = _Known(facts.size, facts.mtime_ns, facts.digest)
-
-        # A row of a file that can no longer be read is no longer true; a file out of reach keeps its row.
-        stale = [path for path, _ in failed if path in known and (is_gone(path) or os.access(path, os.R_OK))]
-        self._table.delete(stale)
-        for path in stale:
-            del known[path]
-        report.removed += len(stale)
-        report.skipped += failed
-
-    def _row(self, facts: Facts) -> dict[str, Any]:
-        return {
-            "path": facts.path,
-            "hash": facts.digest,
-            "mtime_ns": facts.mtime_ns,
-            "size": facts.size,
-            "width": facts.width,
-            "height": facts.height,
-            "caption": facts.caption,
-            "model": self.model,
-        }
 
     # ---------------------------------------------------------------------------------------- asking
 
@@ -387,7 +233,3 @@ def fingerprint(clip: Clip) -> str:
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(flat[places.to(flat.device)].double().cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _same(row: _Known, facts: Facts) -> bool:
-    return (row.size, row.mtime_ns, row.digest) == (facts.size, facts.mtime_ns, facts.digest)

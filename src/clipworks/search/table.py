@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,18 +70,27 @@ class Table:
     def __len__(self) -> int:
         return int(self._table.count_rows())
 
+    def append(self, rows: Sequence[Mapping[str, Any]], vectors: np.ndarray) -> None:
+        """Write rows with their vectors (n, D) in one commit; none of their paths may be in the table."""
+        if rows:
+            self._table.add(self._batch(rows, vectors))
+
     def upsert(self, rows: Sequence[Mapping[str, Any]], vectors: np.ndarray) -> None:
-        """Write rows with their vectors (n, D) in one commit; a row whose path is there replaces it."""
-        if not rows:
-            return
+        """Write rows with their vectors (n, D) in one commit; a row whose path is there is replaced.
+
+        Compares with every path of the table; `append` does not.
+        """
+        if rows:
+            write = self._table.merge_insert("path").when_matched_update_all().when_not_matched_insert_all()
+            write.execute(self._batch(rows, vectors))
+
+    def _batch(self, rows: Sequence[Mapping[str, Any]], vectors: np.ndarray) -> Any:
         _, pa = _libraries()
         schema = self._table.schema
         columns = [pa.array([row[name] for row in rows], schema.field(name).type) for name in FIELDS]
         flat = pa.array(np.ascontiguousarray(vectors, dtype=np.float32).reshape(-1))
         columns.append(pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]))
-        batch = pa.Table.from_arrays(columns, schema=schema)
-        write = self._table.merge_insert("path").when_matched_update_all().when_not_matched_insert_all()
-        write.execute(batch)
+        return pa.Table.from_arrays(columns, schema=schema)
 
     def delete(self, paths: Sequence[str]) -> None:
         """Remove the rows of these paths."""
@@ -121,6 +131,27 @@ class Table:
             if where is None:
                 raise
             raise ConfigError(f"the condition {where!r} cannot be applied: {_first_line(error)}") from error
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other processes from building while the block runs; a process that dies lets go.
+
+        Raises:
+            DataError: if another one is building.
+        """
+        try:
+            import fcntl
+        except ImportError:  # Windows: whoever builds twice at once there is not stopped
+            yield
+            return
+        with (self.path / "build.lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise DataError(
+                    f"{self.path}: another process is building this index; wait for it"
+                ) from error
+            yield
 
     def compact(self) -> None:
         """Join the small pieces that many commits leave, and forget versions nobody reads any more."""

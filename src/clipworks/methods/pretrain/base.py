@@ -6,16 +6,22 @@ An objective is an `nn.Module` with three verbs, handed to `clipworks.engine.fit
   wrapped (frozen parts, more heads). It gives the same for the same clip and seed.
 - `features(clip, batch) -> dict`: this process's rows, computed from weights and batch alone. Tensors
   (B, ...) have one row an example and are gathered from all processes with gradient; 0-D tensors
-  (`scale`, `bias`) pass through; entries named in the class attribute `local` stay this process's own. A
-  tensor holds no indices into rows, for gathering would shift them.
-- `loss(features) -> dict`: named scalars from the rows of the *global* batch; their sum is minimized, or the
-  entry `loss` alone if there is one. Computed in fp32.
+  (`scale`, `bias`) pass through, and of a batch cut into parts their mean; entries named in the class
+  attribute `local` stay this process's own. A tensor holds no indices into rows, for gathering would shift
+  them.
+- `loss(features) -> dict`: named scalars from the rows of the *global* batch; their sum is minimized, or
+  the entry `loss` alone if there is one. Computed in fp32.
 
-It may replace `groups(clip)` and `backward(terms)`. It never calls a collective, never steps and never
-draws random numbers but from torch's generator in `features`. What it learns or counts is in parameters and
-buffers, so that checkpoints hold it. Every objective of the family is finite on a batch of pairs, gives
-gradients to every parameter it does not freeze, does not depend on the order of the pairs, and gives the same
-gradients when the batch is cut into parts.
+It may also have `groups(clip)`, a list of groups for the optimizer (`params`, and `lr` and `weight_decay`
+where they differ from the recipe's) in place of weight decay on matrices only, and `backward(terms)`, in
+place of the backward pass of the terms' sum. It never calls a collective, never steps, and draws random
+numbers only in `features`, from torch's generator. What it learns or counts is in parameters and buffers, so
+that checkpoints hold it; learned numbers that `loss` needs travel as 0-D entries, and larger tensors are
+used in `features`, where gradients are synchronized.
+
+Every objective of the family is finite on a batch of pairs, gives gradients to every parameter it does not
+freeze, does not depend on the order of the pairs, and gives the same gradients when the batch is cut into
+parts.
 """
 
 from __future__ import annotations
@@ -61,9 +67,15 @@ def pairs(clip: Clip, batch: Batch, source: str = "alt") -> dict[str, Tensor]:
     if batch.images is None:
         raise DataError("the batch has no pictures")
     if source not in batch.texts:
-        raise DataError(f"the batch has no texts of source {source!r}, only {', '.join(batch.texts) or 'none'}")
+        raise DataError(
+            f"the batch has no texts of source {source!r}, only {', '.join(batch.texts) or 'none'}"
+        )
     tokens = batch.texts[source]
     if tokens.owner is not None:
         raise DataError(f"source {source!r} has several texts a picture; this objective takes one")
-    features = {"image": unit(clip.image(batch.images)), "text": unit(text_vectors(clip.text, tokens)), "scale": clip.scale}
+    features = {
+        "image": unit(clip.image(batch.images)),
+        "text": unit(text_vectors(clip.text, tokens)),
+        "scale": clip.scale,
+    }
     return features if clip.bias is None else features | {"bias": clip.bias}

@@ -16,6 +16,7 @@ training example may come from.
 from __future__ import annotations
 
 import importlib
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,18 +29,20 @@ from clipworks.core.config import Config, TokenizerConfig, build
 from clipworks.core.tokenizer import ClipTokenizer, FileTokenizer, Tokenizer, train_tokenizer
 from clipworks.data.augment import RandomView
 from clipworks.data.captions import draw_text
-from clipworks.data.loader import Loader, Reading
-from clipworks.data.randomness import Draws
+from clipworks.data.loader import Loader, Process, Reading
 from clipworks.data.mixture import Mixture, Part
-from clipworks.data.samplers import Sequential, Shuffled, UniqueLabels
+from clipworks.data.randomness import Draws
+from clipworks.data.samplers import Shuffled, UniqueLabels
 from clipworks.data.sets import LabeledSet
 from clipworks.data.source import Selected, Source
 from clipworks.data.templates import SIMPLE_TEMPLATES
 from clipworks.engine.callbacks import Callback, Evaluate
+from clipworks.engine.checkpoints import Saving
 from clipworks.engine.recipe import Recipe
-from clipworks.engine.training import Resume, Result, Show, fit
+from clipworks.engine.training import Result, Resume, Show, fit
 from clipworks.errors import ConfigError, DataError, nearest, require
-from clipworks.evaluate.zeroshot import zero_shot
+from clipworks.evaluate.sets import class_slice
+from clipworks.evaluate.zeroshot import labeled_batches, zero_shot
 from clipworks.methods.pretrain.base import Objective
 
 
@@ -133,26 +136,6 @@ def read_plan(path: str | Path, overrides: Mapping[str, Any] | None = None) -> P
         raise ConfigError(f"{path}: {error}") from error
 
 
-def indices_of(text: str, count: int) -> list[int]:
-    """Class indices written as a slice (`9::10`) or a list (`3,5,7`), for `count` classes.
-
-    Raises:
-        ConfigError: if it is neither, or names a class that is not there.
-    """
-    if not text:
-        return []
-    try:
-        if ":" in text:
-            return list(range(count))[slice(*(int(part) if part else None for part in text.split(":")))]
-        indices = [int(part) for part in text.split(",")]
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{text!r} is neither a slice like 9::10 nor a list like 3,5,7") from error
-    outside = [index for index in indices if not 0 <= index < count]
-    if outside:
-        raise ConfigError(f"class {outside[0]} is not one of {count}")
-    return indices
-
-
 def open_source(plan: SourcePlan, root: Path) -> Source:
     """The examples of one entry of a plan.
 
@@ -166,7 +149,7 @@ def open_source(plan: SourcePlan, root: Path) -> Source:
         from clipworks.data.captions import class_names
 
         names = class_names(folder / "classes.json")
-        held = set(indices_of(plan.hold_out, len(names)))
+        held = set(class_slice(plan.hold_out, len(names)))
         kept = [index for index in range(len(names)) if index not in held]
         return sets.labeled_parquet(folder, plan.split, kept)
     if plan.kind == "emoji":
@@ -199,7 +182,7 @@ def held_out_names(plan: SourcePlan, root: Path) -> list[str]:
     from clipworks.data.captions import class_texts
 
     texts = class_texts(root / plan.path / "classes.json")
-    return [name for index in indices_of(plan.hold_out, len(texts)) for name in texts.all_names(index)]
+    return [name for index in class_slice(plan.hold_out, len(texts)) for name in texts.all_names(index)]
 
 
 def without_words(source: Source, names: Sequence[str]) -> Source:
@@ -209,13 +192,19 @@ def without_words(source: Source, names: Sequence[str]) -> Source:
 
     def mentions(index: int) -> bool:
         example = source[index]
-        texts = [text for choices in example.texts.values() for text in ([choices] if isinstance(choices, str) else choices)]
+        texts = [
+            text
+            for choices in example.texts.values()
+            for text in ([choices] if isinstance(choices, str) else choices)
+        ]
         return any(mention.search(text) for text in [*texts, *map(str, example.extra.get("words", ()))])
 
     return Selected(source, [index for index in range(len(source)) if not mentions(index)])
 
 
-def open_tokenizer(plan: TokenizerPlan, sources: Sequence[Source], context_length: int, seed: int = 0) -> Tokenizer:
+def open_tokenizer(
+    plan: TokenizerPlan, sources: Sequence[Source], context_length: int, seed: int = 0
+) -> Tokenizer:
     """The tokenizer of a plan: CLIP's, or one trained on captions drawn from the sources."""
     if plan.kind == "clip":
         return ClipTokenizer(context_length=context_length)
@@ -245,7 +234,9 @@ def _texts_of(source: Source) -> list[Any]:
     return [text for choices in every for text in ([choices] if isinstance(choices, str) else choices)]
 
 
-def open_loader(plan: Plan, sources: Sequence[Source], clip: Clip, *, workers: int = 1, cache: bool = True) -> Loader:
+def open_loader(
+    plan: Plan, sources: Sequence[Source], clip: Clip, *, workers: int = 1, cache: bool = True
+) -> Loader:
     """Batches of a plan: mixed, drawn, cropped."""
     parts = [
         Part(source, entry.per_batch, UniqueLabels() if entry.unique_labels else Shuffled())
@@ -258,9 +249,17 @@ def open_loader(plan: Plan, sources: Sequence[Source], clip: Clip, *, workers: i
         clip.tokenizer,
         texts=("alt",),
         seed=plan.recipe.seed,
+        process=this_process(),
         reading=Reading(workers=workers, cache="memory" if cache else None),
-        transform=RandomView(image_size, crop=plan.views.crop, flip=plan.views.flip, seed=plan.recipe.seed).of,
+        transform=RandomView(
+            image_size, crop=plan.views.crop, flip=plan.views.flip, seed=plan.recipe.seed
+        ).of,
     )
+
+
+def this_process() -> Process:
+    """Which of the processes that `torchrun` started this is."""
+    return Process(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def fresh_clip(plan: Plan, tokenizer: Tokenizer) -> Clip:
@@ -293,20 +292,21 @@ def objective_named(name: str) -> Objective:
 
 
 def evaluation(plan: EvaluationPlan, root: Path) -> Callable[[Clip], dict[str, float]]:
-    """The function that classifies a plan's evaluation set zero-shot, top-1 and top-5 in [0, 1]."""
-    source = open_source(SourcePlan(kind=plan.kind, path=plan.path, split=plan.split, hold_out=plan.hold_out), root)
-    assert isinstance(source, LabeledSet)
-    classes = source.classes
-    names = [classes.all_names(index) for index in range(len(classes))]
-    loaders: list[Loader] = []
+    """The function that classifies a plan's evaluation set zero-shot, top-1 and top-5 in [0, 1].
+
+    Raises:
+        ConfigError: if the set has no labels.
+    """
+    source = open_source(
+        SourcePlan(kind=plan.kind, path=plan.path, split=plan.split, hold_out=plan.hold_out), root
+    )
+    if not isinstance(source, LabeledSet):
+        raise ConfigError(f"an evaluation needs labels; {plan.kind} has none")
+    classes = replace(source.classes, templates=SIMPLE_TEMPLATES)
 
     def classify(clip: Clip) -> dict[str, float]:
-        if not loaders:
-            reading = Reading(workers=1, cache="memory")
-            loaders.append(Loader(source, clip.preprocessing, batch_size=250, sampler=Sequential(), texts=(), reading=reading))
-        loaders[0].set_epoch(0)
-        batches = ((b.images, b.features["label"]) for b in loaders[0] if b.images is not None)
-        found = zero_shot(clip, batches, names, SIMPLE_TEMPLATES, precision="auto")
+        batches, _ = labeled_batches(clip, source, workers=1)
+        found = zero_shot(clip, batches, classes, precision="auto")
         return {"top1": found.top1, "top5": found.top5}
 
     return classify
@@ -321,6 +321,7 @@ def train(
     resume: Resume = "auto",
     show: Show = "auto",
     callbacks: Sequence[Callback] = (),
+    saving: Saving = Saving(),
 ) -> Result:
     """Carry out a plan.
 
@@ -329,7 +330,7 @@ def train(
         root: the folder that the plan's paths start from.
         folder: where the training writes.
         init: name or folder of a model to start from; its tokenizer and geometry hold, not the plan's.
-        resume, show, callbacks: as `engine.fit` takes them.
+        resume, show, callbacks, saving: as `engine.fit` takes them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     sources = open_sources(plan, root)
@@ -340,7 +341,9 @@ def train(
         if kept.is_dir() and resume is not False:
             tokenizer: Tokenizer = FileTokenizer.load(kept)
         else:
-            tokenizer = open_tokenizer(plan.tokenizer, sources, plan.model.text.context_length, plan.recipe.seed)
+            tokenizer = open_tokenizer(
+                plan.tokenizer, sources, plan.model.text.context_length, plan.recipe.seed
+            )
             if isinstance(tokenizer, FileTokenizer):
                 tokenizer.save(kept)
         clip = fresh_clip(plan, tokenizer)
@@ -349,7 +352,15 @@ def train(
     if plan.evaluation is not None:
         watch.append(Evaluate(evaluation(plan.evaluation, root), every=plan.evaluation.steps))
     result = fit(
-        clip, objective_named(plan.objective), loader, plan.recipe, folder=folder, callbacks=watch, resume=resume, show=show
+        clip,
+        objective_named(plan.objective),
+        loader,
+        plan.recipe,
+        folder=folder,
+        callbacks=watch,
+        resume=resume,
+        saving=saving,
+        show=show,
     )
     (folder / "skipped.txt").write_text(f"{loader.skipped}\n", encoding="utf-8")
     return result
