@@ -58,7 +58,9 @@ def test_class_vectors_are_means_over_all_sentences(tiny_clip) -> None:  # type:
 def test_zero_shot_of_pictures_equals_the_single_steps(tiny_clip) -> None:  # type: ignore[no-untyped-def]
     clip = tiny_clip(tokenizer=ClipTokenizer())
     texts = ClassTexts(["dog", "cat", "ox"])
-    pixels = torch.randint(0, 256, (7, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randint(
+        0, 256, (7, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     labels = torch.tensor([0, 1, 2, 0, 1, 2, 0])
     found = zero_shot(clip, [(pixels[:4], labels[:4]), (pixels[4:], labels[4:])], texts)
     with torch.no_grad():

@@ -51,7 +51,6 @@ class Words:
         full: every text is filled up to the context and read at its last position.
         end: the id that must end every text; None if nothing is said.
         largest: a text is read at its largest id, which must then be the end.
-        pad: the id that fills up; None for what the tokenizer's files say.
     """
 
     kind: Literal["clip", "file"]
@@ -59,7 +58,6 @@ class Words:
     full: bool = False
     end: int | None = None
     largest: bool = False
-    pad: int | None = None
 
 
 @dataclass(frozen=True)

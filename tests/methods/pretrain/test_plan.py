@@ -56,7 +56,9 @@ def values(**changes: Any) -> dict[str, Any]:
             "text": {"context_length": 16, "vocab_size": 1, "width": 16, "blocks": [block]},
         },
         "tokenizer": {"kind": "train", "vocab_size": 400},
-        "data": [{"kind": "labeled", "path": "small", "per_batch": 3, "unique_labels": True, "hold_out": "2"}],
+        "data": [
+            {"kind": "labeled", "path": "small", "per_batch": 3, "unique_labels": True, "hold_out": "2"}
+        ],
         "evaluation": {"kind": "labeled", "path": "small", "split": "val"},
         "recipe": {"steps": 4, "warmup": 1, "precision": "fp32"},
         **changes,

@@ -439,7 +439,7 @@ def _trace(scene: Scene, size: int) -> list[_Drawn]:
         u, v = _own(thing, at[None, window[1]], at[window[0], None])
         d = distance(thing.shape, u, v)
         if scene.style == "sketch":  # an unsteady hand
-            d = d + np.float32(0.045) * np.sin(7 * u + np.float32(6 * thing.phase[0])) * np.cos(
+            d = d + np.float32(0.03) * np.sin(7 * u + np.float32(6 * thing.phase[0])) * np.cos(
                 6 * v + np.float32(6 * thing.phase[1])
             )
         drawn.append((window, d, u, v))
