@@ -40,10 +40,10 @@ CAPTIONS = [
     "snow on the roofs of a mountain village",
 ]
 LONG = (
-    "a photograph of a busy street market with stalls of fruit, flowers, bread and cheese, where people of all "
-    "ages walk slowly between the tables under colorful umbrellas while musicians play at the corner and pigeons "
-    "wait for crumbs beside an old stone fountain in the warm light of a late summer afternoon in a small town by "
-    "the sea"
+    "a photograph of a busy street market with stalls of fruit, flowers, bread and cheese, where people of "
+    "all ages walk slowly between the tables under colorful umbrellas while musicians play at the corner and "
+    "pigeons wait for crumbs beside an old stone fountain in the warm light of a late summer afternoon in a "
+    "small town by the sea"
 )
 
 

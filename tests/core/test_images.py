@@ -32,19 +32,14 @@ from tests.core.hostile import (
     write_hostile,
 )
 
-from clipworks.core.images import (
+from clipworks.core.images import Prepared, Preprocessing, fit, prepare_many, prepare_stream, summarize
+from clipworks.core.pictures import (
     MAX_PIXELS,
     SUFFIXES,
-    Prepared,
-    Preprocessing,
     describe,
     find_pictures,
-    fit,
-    prepare_many,
-    prepare_stream,
     read_picture,
     sniff,
-    summarize,
     to_pixels,
 )
 from clipworks.errors import ConfigError, DataError, PictureError, ShapeError

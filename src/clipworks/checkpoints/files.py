@@ -86,14 +86,29 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
+def shard_names(index: Path) -> list[str]:
+    """The files that an index names, each a bare name of a file of weights.
+
+    Raises:
+        CheckpointError: if it names others.
+    """
+    return sorted(set(_weight_map(index).values()))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(one, str) for one in places.values()):
         raise CheckpointError(f"{index}: has no weight_map from names to files")
-    weights: dict[str, Tensor] = {}
-    for name in sorted(set(places.values())):
+    for name in places.values():
         if Path(name).name != name or Path(name).suffix not in SUFFIXES:
             raise CheckpointError(f"{index}: {name!r} is not the name of a weights file in the same folder")
+    return places
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    places = _weight_map(index)
+    weights: dict[str, Tensor] = {}
+    for name in sorted(set(places.values())):
         for key, tensor in read(index.parent / name).weights.items():
             if places.get(key) != name:
                 raise CheckpointError(f"{index.parent / name}: {key} is in this file, but {index.name} does not say so")

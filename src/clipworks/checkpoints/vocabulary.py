@@ -7,6 +7,7 @@ does not fit the weights is an error: ids of another vocabulary give wrong answe
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -192,3 +193,10 @@ def _around(processor: Any, path: Path) -> tuple[str | None, str | None]:
 
 def _spelling(token: Any) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
+
+
+def with_length(tokenizer: Tokenizer, length: int) -> Tokenizer:
+    """The same tokenizer for texts of at most `length` tokens."""
+    twin = copy.copy(tokenizer)
+    twin.context_length = length
+    return twin

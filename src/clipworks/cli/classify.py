@@ -137,7 +137,7 @@ def find(given: Sequence[str], labels: Sequence[str] = ()) -> tuple[list[Path], 
         ConfigError: if nothing is named; says so if a label looks like a picture.
         PictureError: if nothing was found.
     """
-    from clipworks.core.images import find_pictures
+    from clipworks.core.pictures import find_pictures
 
     if not given:
         taken = next((label for label in labels if Path(label).exists()), None)

@@ -40,7 +40,7 @@ class ImageFolder:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        from clipworks.core.images import find_pictures
+        from clipworks.core.pictures import find_pictures
 
         self.folder = _existing(Path(folder))
         classes = sorted(
@@ -169,7 +169,7 @@ class CaptionedFolder:
         ]
 
     def _from_neighbors(self, folder: Path) -> list[Example]:
-        from clipworks.core.images import find_pictures
+        from clipworks.core.pictures import find_pictures
 
         examples = []
         paths = find_pictures(folder)

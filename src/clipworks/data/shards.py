@@ -448,7 +448,7 @@ def _encoded(image: Any) -> tuple[str, bytes]:
         return path.suffix.lstrip(".").lower() or "jpg", path.read_bytes()
     if isinstance(image, (bytes, bytearray, memoryview)):
         return _extension(bytes(image[:16])), bytes(image)
-    from clipworks.core.images import read_picture
+    from clipworks.core.pictures import read_picture
 
     buffer: IO[bytes] = io.BytesIO()
     read_picture(image).save(buffer, format="PNG")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from clipworks.core.images import FORMATS, describe
+from clipworks.core.pictures import FORMATS, describe
 from clipworks.errors import PictureError
 
 _BLOCK = 1 << 20

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from clipworks.checkpoints.zoo import load
-from clipworks.core.images import Source, find_pictures
+from clipworks.core.pictures import Source, find_pictures
 from clipworks.encode.bulk import Encoded, encode_images
 from clipworks.encode.precision import Precision
 from clipworks.errors import ConfigError, DataError
@@ -182,7 +182,7 @@ class Index:
 
         Args:
             text: what to look for, in words that the model knows.
-            picture: anything that `clipworks.core.images.read_picture` takes.
+            picture: anything that `clipworks.core.pictures.read_picture` takes.
             k: how many at most.
             where: a condition on the columns (path, size, width, height, caption, …) in SQL, for instance
                 `"width >= 1024 and path like '%/2024/%'"`; pictures that do not meet it are not ranked.

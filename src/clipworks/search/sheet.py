@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from clipworks.core.images import Source, read_picture
+from clipworks.core.pictures import Source, read_picture
 from clipworks.errors import ConfigError, PictureError
 from clipworks.search.index import Hit
 
