@@ -13,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from clipworks.engine.callbacks import Bar, CsvLog, Evaluate, Lines, LossPlot, State, Table
+from clipworks.engine.callbacks import Evaluate, State
 from clipworks.engine.recipe import Recipe
+from clipworks.engine.reports import Bar, CsvLog, Lines, LossPlot
+from clipworks.engine.table import Table
 from clipworks.errors import ConfigError
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from clipworks.engine import Callback, Diverged, Evaluate, Interrupted, Recipe, Saving, State, fit
-from clipworks.engine.callbacks import Table
+from clipworks.engine.table import Table
 from clipworks.errors import CheckpointError, ConfigError, DataError
 
 OFTEN = Saving(steps=2)
@@ -186,6 +186,19 @@ def test_resuming_with_another_recipe_names_what_changed(
     with pytest.raises(ConfigError, match="total_steps was 12 and is 15"):
         train(tmp_path, data=batches(count=5))
     assert train(tmp_path, dataclasses.replace(short, lr=1e-3), resume=False).step == 12
+
+
+def test_resuming_with_another_setting_of_the_objective_names_it(
+    train: Any, tmp_path: Path, dropping: Any
+) -> None:
+    def objective(margin: float) -> nn.Module:
+        made = dropping()
+        made.margin = margin
+        return made  # type: ignore[no-any-return]
+
+    train(tmp_path, objective=objective(0.1))
+    with pytest.raises(ConfigError, match=r"objective\.margin was 0\.1 and is 0\.2"):
+        train(tmp_path, objective=objective(0.2))
 
 
 def test_resume_true_insists_on_a_checkpoint(train: Any, tmp_path: Path) -> None:

@@ -84,12 +84,17 @@ class Clip(nn.Module):
     @classmethod
     def from_config(cls, config: Config, tokenizer: Tokenizer | None = None, *, seed: int | None = 0) -> Clip:
         """A fresh CLIP with the paper's initial weights; `seed=None` leaves them for a checkpoint to fill."""
-        image: nn.Module
-        if isinstance(config.image, VisionConfig):
-            image = VisionTower(config.image, config.width)
-        else:
-            image = ModifiedResNet(config.image, config.width)
-        clip = cls(image, TextTower(config.text, config.width), config=config, tokenizer=tokenizer)
+        # Built without storage: torch's own initial values would cost time and the global generator.
+        with torch.device("meta"):
+            image: VisionTower | ModifiedResNet
+            if isinstance(config.image, VisionConfig):
+                image = VisionTower(config.image, config.width)
+            else:
+                image = ModifiedResNet(config.image, config.width)
+            text = TextTower(config.text, config.width)
+        image.to_empty(device="cpu").set_statistics(config.image.mean, config.image.std)
+        text.to_empty(device="cpu")
+        clip = cls(image, text, config=config, tokenizer=tokenizer)
         if seed is not None:
             initialize(clip, torch.Generator().manual_seed(seed))
         return clip.eval()

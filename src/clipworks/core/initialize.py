@@ -8,10 +8,11 @@ residual branch starts at zero.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from clipworks.core.attention import Block
 from clipworks.core.resnet import Bottleneck, ModifiedResNet
@@ -22,9 +23,26 @@ if TYPE_CHECKING:
     from clipworks.core.clip import Clip
 
 
+class Uninitialized(TorchFunctionMode):
+    """A context in which layers are made without torch's own random weights.
+
+    Those would be drawn from the global generator, and be overwritten at once. Gains of one and biases and
+    statistics of zero are still set.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Leave a weight (...) as it is where torch.nn.init would fill it, and let everything else through."""
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 @torch.no_grad()
 def initialize(clip: Clip, generator: Generator) -> None:
     """Draw all weights of a Clip afresh, in place; the same generator state gives the same weights."""
+    for module in clip.modules():
+        if isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
+            module.reset_parameters()
     for tower in (clip.image, clip.text):
         if isinstance(tower, (VisionTower, TextTower)):
             _transformer(tower, generator)

@@ -85,8 +85,7 @@ class ModifiedResNet(Tower):
         self.config = config
         self.out_width = out_width
         width = config.width
-        self.register_buffer("mean", torch.tensor(config.mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(config.std).view(3, 1, 1), persistent=False)
+        self.set_statistics(config.mean, config.std)
         self.stem = nn.Sequential()
         for number, (channels, out) in enumerate(
             [(3, width // 2), (width // 2, width // 2), (width // 2, width)], 1

@@ -85,6 +85,11 @@ class Tower(nn.Module):
             return partial(checkpoint, block, mask=mask, use_reentrant=False)
         return partial(block, mask=mask)
 
+    def set_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Give an image tower the mean and deviation of its channels, each (3,), for pixels in [0, 1]."""
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+
     def compile_blocks(self, **options: Any) -> None:
         """Compile every block by itself, in place: equal blocks share one compilation."""
         for block in self.blocks:
@@ -103,8 +108,7 @@ class VisionTower(Tower):
         self.width = config.width
         self.out_width = out_width
         width, grid = config.width, config.grid
-        self.register_buffer("mean", torch.tensor(config.mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(config.std).view(3, 1, 1), persistent=False)
+        self.set_statistics(config.mean, config.std)
         if config.stem:
             self.patches: nn.Module = ConvolutionalStem(config.stem, width)
         else:

@@ -37,3 +37,9 @@ class Average:
         torch._foreach_lerp_(ours, theirs, share)
         for mine, other in zip(self.module.buffers(), module.buffers(), strict=True):
             mine.copy_(other)
+
+    @torch.no_grad()
+    def copy_to(self, module: nn.Module) -> None:
+        """Give `module` the averaged weights."""
+        for theirs, averaged in zip(module.parameters(), self.module.parameters(), strict=True):
+            theirs.copy_(averaged)
