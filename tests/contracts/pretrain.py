@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from tests.contracts import broken
 from torch import Tensor
 
 from clipworks.core.tokenizer import Tokens
@@ -29,7 +30,6 @@ from clipworks.methods.pretrain.base import Objective
 from clipworks.methods.pretrain.clip import ClipObjective
 from clipworks.methods.pretrain.plan import objective_named
 from clipworks.papers import register
-from tests.contracts import broken
 
 Make = Callable[[], Objective]
 ClipOf = Callable[[int], Any]
@@ -216,7 +216,8 @@ def two_processes_that_must_not_talk() -> Iterator[None]:
         raise AssertionError("a collective was called")
 
     words = ("all_", "reduce", "gather", "scatter", "broadcast", "barrier", "send", "recv", "isend", "irecv")
-    collectives = {name: refuse for name in dir(dist) if name.startswith(words) and callable(getattr(dist, name))}
+    names = [name for name in dir(dist) if name.startswith(words) and callable(getattr(dist, name))]
+    collectives = dict.fromkeys(names, refuse)
     told = {"is_initialized": lambda: True, "get_world_size": lambda *_: 2, "get_rank": lambda *_: 0}
     with mock.patch.multiple(dist, **collectives, **told):
         yield
@@ -299,7 +300,7 @@ CHECKS = (
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("make", methods())
+@pytest.mark.parametrize("make", list(methods()))
 def test_a_method_keeps_its_familys_contract(make: Make, check: Any, clip_of: ClipOf) -> None:
     check(make, clip_of)
 

@@ -33,7 +33,14 @@ def _show(records: Sequence[dict[str, Any]]) -> None:
     from rich.text import Text
 
     columns = list(records[0]) if records else []
-    table = console.make_table(*columns)
+    numbers = {name for name in columns if any(isinstance(record[name], int) for record in records)}
+    table = console.make_table(*(f">{name}" if name in numbers else name for name in columns))
     for record in records:
-        table.add_row(*(Text("" if record[name] is None else str(record[name])) for name in columns))
+        table.add_row(*(Text(_cell(record[name])) for name in columns))
     console.show(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -28,7 +28,7 @@ class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), the activation of OpenAI's weights."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape (...) to the same shape."""
+        """Takes any shape and keeps it."""
         return x * torch.sigmoid(1.702 * x)
 
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from clipworks.core.config import Config, VisionConfig
 from clipworks.core.images import Preprocessing
-from clipworks.core.initialize import initialize
+from clipworks.core.initialize import Uninitialized, initialize
 from clipworks.core.resnet import ModifiedResNet
 from clipworks.core.tokenizer import Tokenizer, Tokens
 from clipworks.core.towers import TextTower, VisionTower
@@ -84,8 +84,9 @@ class Clip(nn.Module):
     @classmethod
     def from_config(cls, config: Config, tokenizer: Tokenizer | None = None, *, seed: int | None = 0) -> Clip:
         """A fresh CLIP with the paper's initial weights; `seed=None` leaves them for a checkpoint to fill."""
-        # Built without storage: torch's own initial values would cost time and the global generator.
-        with torch.device("meta"):
+        # Built without storage: torch's own initial values would cost time and the global generator. On the meta
+        # device alone they would still be called for, and the first of them imports a compiler's worth of modules.
+        with torch.device("meta"), Uninitialized():
             image: VisionTower | ModifiedResNet
             if isinstance(config.image, VisionConfig):
                 image = VisionTower(config.image, config.width)

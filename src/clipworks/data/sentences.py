@@ -75,7 +75,7 @@ class TextChoice:
     def tokens(
         self, examples: Sequence[Example], views: Sequence[int], seed: int, tokenizer: Tokenizer
     ) -> dict[str, Tokens]:
-        """`sentences`, tokenized; `owner` is None where there is exactly one a row."""
+        """`sentences`, tokenized, ids (n, L); `owner` is None where there is exactly one a row."""
         texts: dict[str, Tokens] = {}
         for name, (sentences, owners) in self.sentences(examples, views, seed).items():
             tokens = tokenizer(sentences)

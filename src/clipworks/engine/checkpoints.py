@@ -69,7 +69,7 @@ class Snapshot:
 
 
 def tensors_once(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a module with each shared tensor under its first name only."""
+    """The state dict of a module, tensors of any shape, each shared one under its first name only."""
     seen: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = set()
     once: dict[str, Tensor] = {}
     for name, tensor in module.state_dict().items():
@@ -82,7 +82,7 @@ def tensors_once(module: nn.Module) -> dict[str, Tensor]:
 
 
 def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `tensors_once` gave.
+    """Put back what `tensors_once` gave, tensors of any shape.
 
     Raises:
         CheckpointError: if names or shapes are not those of the module.
@@ -133,7 +133,7 @@ class CheckpointFolder:
         state: dict[str, Any],
         summary: dict[str, Any],
     ) -> Path:
-        """Complete the checkpoint of a step and delete the oldest ones; the first process calls it."""
+        """Complete a checkpoint, tensors of any shape, and delete the oldest; the first process calls it."""
         unfinished = self._unfinished(step)
         _save_tensors(weights, unfinished / "weights.safetensors")
         if average is not None:

@@ -83,10 +83,11 @@ class Training:
                 self._call("on_end")
             if self.average is not None:
                 self.average.copy_to(self.stage.clip)
-            self.clip: Any = self.stage.clip.eval()
-            if self.fabric.global_rank == 0 and hasattr(self.clip, "save"):
-                self.clip.save(self.folder / "clip")
+            clip: Any = self.stage.clip.eval()
+            if self.fabric.global_rank == 0 and hasattr(clip, "save"):
+                clip.save(self.folder / "clip")
             self.fabric.barrier()
+            self.clip: nn.Module = clip
             self.seconds = time.monotonic() - self.started
 
     def _find(self, resume: Resume) -> Snapshot | None:
@@ -105,15 +106,14 @@ class Training:
 
     def _same_training(self, snapshot: Snapshot) -> None:
         now = self._identity()
-        before = {name: snapshot.summary.get(name, {}) for name in now}
+        before = {name: snapshot.summary[name] for name in now if name in snapshot.summary}
         for part in ("recipe", "settings"):
-            before |= before.pop(part)
+            before |= before.pop(part, {})
             now |= now.pop(part)
-        changed = sorted(name for name in now.keys() | before if before.get(name) != now.get(name))
+        # What an older version did not write down is not compared.
+        changed = [name for name in now if name in before and before[name] != now[name]]
         if changed:
-            changes = ", ".join(
-                f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in changed
-            )
+            changes = ", ".join(f"{name} was {before[name]!r} and is {now[name]!r}" for name in changed)
             raise ConfigError(
                 f"{self.folder} holds a training with another recipe: {changes}; "
                 "use another folder or resume=False"

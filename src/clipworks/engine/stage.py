@@ -24,7 +24,7 @@ class Objective(Protocol):
         """This process's rows."""
 
     def loss(self, features: dict[str, Any]) -> dict[str, Tensor]:
-        """Named scalars, from the rows of the global batch."""
+        """Named 0-D terms, from the rows of the global batch."""
 
 
 class Stage(nn.Module):
@@ -48,7 +48,7 @@ class Stage(nn.Module):
 
 
 def total(terms: dict[str, Tensor]) -> Tensor:
-    """The scalar that is minimized: `terms["loss"]` if there is one, else the sum of all terms."""
+    """The 0-D loss that is minimized: `terms["loss"]` if there is one, else the sum of all terms."""
     return terms["loss"] if "loss" in terms else torch.stack(list(terms.values())).sum()
 
 

@@ -50,7 +50,7 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def loss(self, features: dict[str, Any]) -> dict[str, Tensor]:
-        """Named scalars from the rows of the global batch."""
+        """Named 0-D terms from the rows of the global batch."""
         raise NotImplementedError
 
 

@@ -63,7 +63,7 @@ class ClipObjective(Objective):
         return pairs(clip, batch, self.source)
 
     def loss(self, features: dict[str, Any]) -> dict[str, Tensor]:
-        """`contrastive`, over all pairs of the global batch."""
+        """`contrastive`, 0-D, over all pairs of the global batch."""
         loss = contrastive_loss(
             features["image"], features["text"], features["scale"].exp(), features.get("bias"), form=self.form
         )
