@@ -60,7 +60,16 @@ def read(path: Path) -> tuple[dict[str, Tensor], str | None]:
         OSError,
         zipfile.BadZipFile,
         pickle.UnpicklingError,
-        *(RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError, EOFError, RecursionError),
+        *(
+            RuntimeError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            IndexError,
+            EOFError,
+            RecursionError,
+        ),
         *(NotImplementedError, MemoryError, OverflowError),
     ) as error:
         reason = " ".join(str(error).split())[:160] or type(error).__name__
@@ -105,7 +114,9 @@ class _Reader(pickle.Unpickler):
             return _first
         if module == "torch" and name in STORAGES:
             return _Storage(name)
-        raise CheckpointError(f"{self.path}: its pickle asks for {module}.{name}, which is no tensor; not loaded")
+        raise CheckpointError(
+            f"{self.path}: its pickle asks for {module}.{name}, which is no tensor; not loaded"
+        )
 
     def persistent_load(self, pid: Any) -> Tensor:
         """The numbers of one storage, flat."""
@@ -129,7 +140,9 @@ class _Storage:
         self.name = name
 
 
-def _rebuild_tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
+def _rebuild_tensor(
+    storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
+) -> Tensor:
     return storage.as_strided(size, stride, offset)
 
 
@@ -138,14 +151,20 @@ def _first(value: Any, *_: Any) -> Any:
 
 
 def _unpickle(file: zipfile.ZipFile, path: Path) -> tuple[Any, set[str]]:
-    trees = [info for info in file.infolist() if info.filename.count("/") == 1 and info.filename.endswith("/data.pkl")]
+    trees = [
+        info
+        for info in file.infolist()
+        if info.filename.count("/") == 1 and info.filename.endswith("/data.pkl")
+    ]
     if len(trees) != 1:
         raise CheckpointError(f"{path}: a TorchScript archive with {len(trees)} data.pkl")
     root = trees[0].filename.removesuffix("data.pkl")
     if trees[0].file_size > LARGEST_TREE:
         raise CheckpointError(f"{path}: its data.pkl of {trees[0].file_size} bytes is no module tree")
     order = f"{root}byteorder"
-    if order in file.namelist() and (file.getinfo(order).file_size > 16 or file.read(order).strip() != b"little"):
+    if order in file.namelist() and (
+        file.getinfo(order).file_size > 16 or file.read(order).strip() != b"little"
+    ):
         raise CheckpointError(f"{path}: its numbers are not little-endian, which is not read")
     reader = _Reader(file.read(trees[0]), file, root, path)
     return reader.load(), reader.classes

@@ -161,7 +161,9 @@ def _processor(values: Mapping[str, Any], path: Path) -> Stated:
     _, crop_height, crop_width = _sides(crop, "")
     square = height == width and (not cropped or crop_height in (None, side))
     if side is None or (shortest is None and not square):
-        raise CheckpointError(f"{path}: size is {size} and crop_size {crop}, which give no square that is known here")
+        raise CheckpointError(
+            f"{path}: size is {size} and crop_size {crop}, which give no square that is known here"
+        )
     if shortest is not None and (not cropped or (crop_height, crop_width) != (side, side)):
         raise CheckpointError(f"{path}: size is {size} but crop_size {crop}: only equal ones are supported")
     try:
@@ -218,7 +220,9 @@ def open_clip(path: Path) -> Stated:
         raise CheckpointError(f"{path}: text_cfg.act_kwargs is {text['act_kwargs']}, which is not supported")
     interpolation, resize = picture.get("interpolation", "bicubic"), picture.get("resize_mode", "shortest")
     if interpolation not in ("bicubic", "bilinear") or resize not in ("shortest", "squash", "longest"):
-        raise CheckpointError(f"{path}: preprocess_cfg has {interpolation!r} and {resize!r}, which are not supported")
+        raise CheckpointError(
+            f"{path}: preprocess_cfg has {interpolation!r} and {resize!r}, which are not supported"
+        )
     try:
         mean, std = (triple(picture[key]) if key in picture else None for key in ("mean", "std"))
     except (TypeError, ValueError) as error:
@@ -227,7 +231,9 @@ def open_clip(path: Path) -> Stated:
         size = picture["size"]
         sides = size if isinstance(size, list) else [size, size]
         if "image.size" in more and sides != [more["image.size"][1]] * 2:
-            raise CheckpointError(f"{path}: preprocess_cfg.size is {size}, vision_cfg.image_size {more['image.size'][1]}")
+            raise CheckpointError(
+                f"{path}: preprocess_cfg.size is {size}, vision_cfg.image_size {more['image.size'][1]}"
+            )
     heads, eps = tower["heads"], tower["eps"]
     settings = Settings(
         activation=tower["activation"],
@@ -268,16 +274,28 @@ def _open_clip_vision(
     timm = vision.get("timm_model_name")
     if timm:
         match = re.fullmatch(r"vit_([a-z0-9]+)_patch(\d+)_siglip_(\d+)(\..+)?", timm)
-        if not match or match[1] not in TIMM or (vision.get("timm_pool"), vision.get("timm_proj")) != ("map", "none"):
-            raise CheckpointError(f"{path}: the image tower {timm} of timm is not read, only its SigLIP towers are")
-        claims |= {"image.kind": ("timm_pool", "attention"), "image.patch": ("timm_model_name", int(match[2]))}
+        if (
+            not match
+            or match[1] not in TIMM
+            or (vision.get("timm_pool"), vision.get("timm_proj")) != ("map", "none")
+        ):
+            raise CheckpointError(
+                f"{path}: the image tower {timm} of timm is not read, only its SigLIP towers are"
+            )
+        claims |= {
+            "image.kind": ("timm_pool", "attention"),
+            "image.patch": ("timm_model_name", int(match[2])),
+        }
         tanh = timm.startswith(TIMM_TANH)
         return {"heads": TIMM[match[1]], "eps": 1e-6, "activation": "gelu_tanh" if tanh else "gelu"}, claims
     width, layers = vision.get("width", 768), vision.get("layers", 12)
     head_width = _count(vision.get("head_width", 64), "vision_cfg.head_width", path)
     eps = _eps(vision.get("norm_kwargs"), 1e-5, path)
     if isinstance(layers, list):
-        claims |= {"image.kind": ("vision_cfg.layers", "resnet"), "image.layers": ("vision_cfg.layers", layers)}
+        claims |= {
+            "image.kind": ("vision_cfg.layers", "resnet"),
+            "image.layers": ("vision_cfg.layers", layers),
+        }
         claims["image.width"] = ("vision_cfg.width", width)
         return {"heads": width * 32 // head_width, "eps": None, "activation": activation}, claims
     claims |= {
@@ -297,11 +315,15 @@ def _open_clip_words(text: Mapping[str, Any], path: Path) -> Words:
     options = text.get("tokenizer_kwargs") or {}
     if not text.get("hf_tokenizer_name"):
         if options or pool != "argmax":
-            raise CheckpointError(f"{path}: text_cfg has {options or pool!r}, which is not supported for CLIP's vocabulary")
+            raise CheckpointError(
+                f"{path}: text_cfg has {options or pool!r}, which is not supported for CLIP's vocabulary"
+            )
         return Words("clip")
     clean = options.get("clean", "whitespace")
     if clean not in CLEAN or set(options) - {"clean"}:
-        raise CheckpointError(f"{path}: text_cfg.tokenizer_kwargs is {options}; read is clean, one of {', '.join(CLEAN)}")
+        raise CheckpointError(
+            f"{path}: text_cfg.tokenizer_kwargs is {options}; read is clean, one of {', '.join(CLEAN)}"
+        )
     return Words(
         "file",
         clean=cast(Any, CLEAN[clean]),
@@ -318,7 +340,11 @@ def _check_keys(values: Mapping[str, Any], allowed: frozenset[str], path: Path, 
 
 
 def _check_options(
-    values: Mapping[str, Any], options: Mapping[str, tuple[Any, ...]], keys: frozenset[str], path: Path, place: str
+    values: Mapping[str, Any],
+    options: Mapping[str, tuple[Any, ...]],
+    keys: frozenset[str],
+    path: Path,
+    place: str,
 ) -> None:
     _check_keys(values, keys | options.keys() | OPEN_CLIP_IDLE, path, place)
     for key, allowed in options.items():

@@ -111,11 +111,15 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     for name in sorted(set(places.values())):
         for key, tensor in read(index.parent / name).weights.items():
             if places.get(key) != name:
-                raise CheckpointError(f"{index.parent / name}: {key} is in this file, but {index.name} does not say so")
+                raise CheckpointError(
+                    f"{index.parent / name}: {key} is in this file, but {index.name} does not say so"
+                )
             weights[key] = tensor
     missing = sorted(places.keys() - weights.keys())
     if missing:
-        raise CheckpointError(f"{index.parent / places[missing[0]]}: {missing[0]} is missing, though {index.name} names it")
+        raise CheckpointError(
+            f"{index.parent / places[missing[0]]}: {missing[0]} is missing, though {index.name} names it"
+        )
     return weights
 
 
@@ -128,7 +132,16 @@ def _read_pickled(path: Path) -> Any:
             f"{path}: holds more than tensors, or is damaged, and is not unpickled for that reason ({_line(error)}); "
             "a file of one's own can be saved again as torch.save(model.state_dict(), …)"
         ) from error
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        EOFError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+    ) as error:
         raise CheckpointError(f"{path}: not a readable file of weights ({_line(error)})") from error
 
 
@@ -146,7 +159,9 @@ def _state_dict(loaded: Any, path: Path) -> dict[str, Tensor]:
                 break
     if not isinstance(loaded, Mapping) or not any(isinstance(value, Tensor) for value in loaded.values()):
         raise CheckpointError(f"{path}: holds no weights by name (found {type(loaded).__name__})")
-    odd = [name for name, value in loaded.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
+    odd = [
+        name for name, value in loaded.items() if not (isinstance(name, str) and isinstance(value, Tensor))
+    ]
     if odd:
         raise CheckpointError(f"{path}: {odd[0]} is {type(loaded[odd[0]]).__name__}, not a tensor")
     return dict(loaded)

@@ -1,8 +1,8 @@
 """Weights of another tool to a Clip: layout, geometry, what others say, tokenizer, and the copying.
 
-    file or folder  ->  weights, and what the config beside them says
-    + table of known models, caller  ->  settings, which must agree
-    ->  Config (shapes and settings), rules of the layout  ->  Clip
+file or folder  ->  weights, and what the config beside them says
++ table of known models, caller  ->  settings, which must agree
+->  Config (shapes and settings), rules of the layout  ->  Clip
 """
 
 from __future__ import annotations
@@ -62,14 +62,22 @@ def locate(path: Path) -> Place:
         for config, names in WEIGHTS.items():
             if path.name in names and (path.parent / config).is_file():
                 found = locate_config(path.parent)
-                return dataclasses.replace(found, weights=path) if found and path.name in WEIGHTS[found.config] else Place(path)
+                return (
+                    dataclasses.replace(found, weights=path)
+                    if found and path.name in WEIGHTS[found.config]
+                    else Place(path)
+                )
         return Place(path)
     found = locate_config(path)
     if found is not None:
         return found
     loose = sorted(one for one in path.iterdir() if one.suffix in files.SUFFIXES and one.is_file())
     if len(loose) != 1:
-        what = f"{len(loose)} files of weights ({', '.join(one.name for one in loose[:3])})" if loose else "no weights"
+        what = (
+            f"{len(loose)} files of weights ({', '.join(one.name for one in loose[:3])})"
+            if loose
+            else "no weights"
+        )
         raise CheckpointError(f"{path}: {what} and no config that says which to read; name one file")
     return Place(loose[0])
 

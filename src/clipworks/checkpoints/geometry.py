@@ -29,7 +29,9 @@ T = TypeVar("T")
 HEADS = "into how many heads it is cut"
 
 
-def geometry(layout: Layout, weights: Mapping[str, Tensor], settings: Settings, source: str, name: str = "") -> Config:
+def geometry(
+    layout: Layout, weights: Mapping[str, Tensor], settings: Settings, source: str, name: str = ""
+) -> Config:
     """The Config of cleaned weights (...); its tokenizer is left at the default.
 
     Raises:
@@ -39,7 +41,11 @@ def geometry(layout: Layout, weights: Mapping[str, Tensor], settings: Settings, 
     check_complete(settings, layout, shapes)
     try:
         image, width = _image(layout, shapes, settings)
-        text = _transformers_text(shapes, settings) if layout == "transformers" else _text(layout, shapes, settings)
+        text = (
+            _transformers_text(shapes, settings)
+            if layout == "transformers"
+            else _text(layout, shapes, settings)
+        )
         siglip = isinstance(image, VisionConfig) and image.pooling == "attention"
         return Config(
             width=width,
@@ -96,7 +102,9 @@ class Shapes:
             raise CheckpointError(f"{self.source}: the tensor {name} is missing")
         shape = tuple(self.weights[name].shape)
         if len(shape) != dimensions:
-            raise CheckpointError(f"{self.source}: {name} has shape {shape}, expected {dimensions} dimensions")
+            raise CheckpointError(
+                f"{self.source}: {name} has shape {shape}, expected {dimensions} dimensions"
+            )
         return shape
 
     def depth(self, pattern: str) -> int:
@@ -120,10 +128,14 @@ class Shapes:
         """
         side = round(max(cells, 0) ** 0.5)
         if cells < 1 or side * side != cells:
-            raise CheckpointError(f"{self.source}: {name} has {cells} places for patches, which is no square grid")
+            raise CheckpointError(
+                f"{self.source}: {name} has {cells} places for patches, which is no square grid"
+            )
         return side
 
-    def blocks(self, depth: int, width: int, heads: int | None, what: str, mlp: str) -> tuple[BlockConfig, ...]:
+    def blocks(
+        self, depth: int, width: int, heads: int | None, what: str, mlp: str
+    ) -> tuple[BlockConfig, ...]:
         """One entry a block; `mlp` names the weight of the entrance of block {}'s MLP.
 
         Raises:
@@ -172,7 +184,9 @@ def _resnet(shapes: Shapes, settings: Settings) -> ResNetConfig:
     first, second, third, fourth = (shapes.depth(rf"visual\.layer{n}\.(\d+)\.") for n in (1, 2, 3, 4))
     heads = known(settings.image_heads)
     if channels % heads:
-        raise CheckpointError(f"{shapes.source}: the pool's width {channels} cannot be cut into {heads} heads")
+        raise CheckpointError(
+            f"{shapes.source}: the pool's width {channels} cannot be cut into {heads} heads"
+        )
     return ResNetConfig(
         image_size=grid * 32,
         layers=(first, second, third, fourth),

@@ -32,7 +32,13 @@ def download(repository: str, names: Iterable[str], revision: str | None = None)
     names = list(names)
     for name in names:
         try:
-            return Path(_ask(repository, revision, lambda name=name: hf_hub_download(repository, name, revision=revision)))  # type: ignore[misc]
+            return Path(
+                _ask(
+                    repository,
+                    revision,
+                    lambda name=name: hf_hub_download(repository, name, revision=revision),
+                )
+            )  # type: ignore[misc]
         except (LocalEntryNotFoundError, _Unanswered) as error:
             if name == names[-1]:
                 raise _unreachable(repository, name, error) from error
@@ -88,7 +94,9 @@ def _ask(repository: str, revision: str | None, question: Callable[[], T]) -> T:
     except EntryNotFoundError:
         raise
     except GatedRepoError as error:
-        raise CheckpointError(f"{repository}: its owner asks to be agreed with first, on its page at the hub") from error
+        raise CheckpointError(
+            f"{repository}: its owner asks to be agreed with first, on its page at the hub"
+        ) from error
     except RevisionNotFoundError as error:
         raise ModelNotFound(f"{repository} has no revision {revision!r}") from error
     except RepositoryNotFoundError as error:
@@ -96,8 +104,13 @@ def _ask(repository: str, revision: str | None, question: Callable[[], T]) -> T:
     except HFValidationError as error:
         raise _unknown(repository) from error
     except HfHubHTTPError as error:
-        raise CheckpointError(f"{_label(repository, revision)}: {' '.join(str(error).split())[:160]}") from error
-    except (OSError, HfHubHTTPError.__bases__[0]) as error:  # of whichever client the hub's library was built on
+        raise CheckpointError(
+            f"{_label(repository, revision)}: {' '.join(str(error).split())[:160]}"
+        ) from error
+    except (
+        OSError,
+        HfHubHTTPError.__bases__[0],
+    ) as error:  # of whichever client the hub's library was built on
         raise _Unanswered(f"{type(error).__name__}: {error}") from error
 
 

@@ -58,7 +58,9 @@ def parameters(config: Config) -> int:
         count += image.width * config.width * image.projection
         if image.pooling == "attention":
             last = image.blocks[-1]
-            count += image.width + _attention(image.width, last.heads * last.head_width) + _norms(image.width, 1)
+            count += (
+                image.width + _attention(image.width, last.heads * last.head_width) + _norms(image.width, 1)
+            )
             count += 2 * image.width * last.mlp_width + image.width + last.mlp_width
     count += (text.vocab_size + text.context_length) * text.width + _norms(text.width, 1)
     count += _blocks_parameters(text)
@@ -103,7 +105,13 @@ def _resnet_parameters(image: ResNetConfig, out: int) -> int:
     for i, depth in enumerate(image.layers):
         inner = width * 2**i
         for j in range(depth):
-            count += channels * inner + 9 * inner * inner + 4 * inner * inner + _norms(inner, 2) + _norms(4 * inner, 1)
+            count += (
+                channels * inner
+                + 9 * inner * inner
+                + 4 * inner * inner
+                + _norms(inner, 2)
+                + _norms(4 * inner, 1)
+            )
             if j == 0:
                 count += 4 * channels * inner + _norms(4 * inner, 1)
             channels = 4 * inner
@@ -115,7 +123,14 @@ def _text(width: int, depth: int = 12) -> TextConfig:
 
 
 def _vit(
-    size: int, patch: int, width: int, depth: int, text: TextConfig, out: int, heads: int | None = None, ratio: float = 4.0
+    size: int,
+    patch: int,
+    width: int,
+    depth: int,
+    text: TextConfig,
+    out: int,
+    heads: int | None = None,
+    ratio: float = 4.0,
 ) -> Config:
     blocks = uniform_blocks(depth, width, heads, ratio)
     return Config(out, VisionConfig(size, patch, width, blocks), text)
@@ -233,7 +248,12 @@ def _table() -> dict[str, Known]:
         for line in lines.strip().splitlines()
     ]
     found += [
-        Known(f"{name}/webli", f"timm/{name}", replace(config, name=f"{name}/webli"), Words("file", "siglip", full=True))
+        Known(
+            f"{name}/webli",
+            f"timm/{name}",
+            replace(config, name=f"{name}/webli"),
+            Words("file", "siglip", full=True),
+        )
         for name, config in ARCHITECTURES.items()
         if config.sigmoid
     ]
@@ -243,5 +263,7 @@ def _table() -> dict[str, Known]:
 MODELS: dict[str, Known] = _table()
 # open_clip marks the activation in the architecture's name; here every model brings its own.
 ALIASES: dict[str, str] = {
-    name.replace("/", "-quickgelu/"): name for name, known in MODELS.items() if known.config.text.activation == "quick_gelu"
+    name.replace("/", "-quickgelu/"): name
+    for name, known in MODELS.items()
+    if known.config.text.activation == "quick_gelu"
 }

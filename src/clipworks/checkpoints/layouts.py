@@ -50,7 +50,9 @@ def recognize(names: Mapping[str, Tensor], source: str) -> Layout:
     if "token_embedding.weight" in names and any(name.startswith("visual.") for name in names):
         return "openai"
     some = ", ".join(sorted(names)[:3])
-    raise CheckpointError(f"{source}: the names of its weights belong to no layout known here (it has {some} …)")
+    raise CheckpointError(
+        f"{source}: the names of its weights belong to no layout known here (it has {some} …)"
+    )
 
 
 def clean(weights: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
@@ -67,7 +69,9 @@ def clean(weights: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
         if IGNORED.search(bare):
             continue
         if bare in cleaned:
-            raise CheckpointError(f"{source}: {name} is there twice, with and without the prefix of a wrapper")
+            raise CheckpointError(
+                f"{source}: {name} is there twice, with and without the prefix of a wrapper"
+            )
         # A 1-D scale of one element is met as often as the 0-D one.
         single = bare in ("logit_scale", "logit_bias") and tensor.numel() == 1
         cleaned[bare] = tensor.reshape(()) if single else tensor
@@ -103,7 +107,9 @@ def _vision(config: Config, layout: str) -> VisionConfig:
 
 def _openai_vision(image: VisionConfig) -> Iterator[Rule]:
     if image.pooling != "class" or not image.pre_norm or not image.projection:
-        raise CheckpointError("this layout has no place for an image tower without class token, first norm or projection")
+        raise CheckpointError(
+            "this layout has no place for an image tower without class token, first norm or projection"
+        )
     yield rule("image.patches.weight", "visual.conv1.weight")
     if image.patch_bias:
         yield rule("image.patches.bias", "visual.conv1.bias")

@@ -46,11 +46,15 @@ def save(clip: Clip, folder: Path, dtype: torch.dtype | None = None) -> Path:
     odd = sorted(name for name in shapes.keys() | own.keys() if name not in own or name not in shapes)
     odd = odd or sorted(name for name in own if own[name].shape != shapes[name].shape)
     if odd:
-        raise CheckpointError(f"{folder}: {odd[0]} is not as the config describes it, so what is saved could not be loaded")
+        raise CheckpointError(
+            f"{folder}: {odd[0]} is not as the config describes it, so what is saved could not be loaded"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     weights = {
         # A copy, since parts of one storage cannot be written under two names.
-        name: tensor.detach().to(dtype if dtype and _castable(name, tensor) else tensor.dtype, copy=True).contiguous()
+        name: tensor.detach()
+        .to(dtype if dtype and _castable(name, tensor) else tensor.dtype, copy=True)
+        .contiguous()
         for name, tensor in own.items()
     }
     write_safetensors(weights, folder / WEIGHTS, "clipworks")
@@ -95,7 +99,9 @@ def read_tokenizer(config: Config, folder: Path) -> Tokenizer | None:
         if settings.kind == "clip":
             fits = config.text.vocab_size == ClipTokenizer.vocab_size and config.text.context_length >= 2
             return ClipTokenizer(config.text.context_length) if fits else None
-        raise CheckpointError(f"{path}: missing; the config says that these weights have a tokenizer of their own")
+        raise CheckpointError(
+            f"{path}: missing; the config says that these weights have a tokenizer of their own"
+        )
     tokenizer = Tokenizer.load(folder)
     found = tokenizer_config(tokenizer)
     if settings.kind != found.kind or settings.fingerprint not in (None, found.fingerprint):
@@ -114,7 +120,9 @@ def describe(clip: Clip) -> Config:
     if clip.tokenizer is not None:
         settings = tokenizer_config(clip.tokenizer)
         if config.tokenizer.fingerprint not in (None, settings.fingerprint):
-            raise CheckpointError("the tokenizer is not the one that the config names: its fingerprint differs")
+            raise CheckpointError(
+                "the tokenizer is not the one that the config names: its fingerprint differs"
+            )
         check_tokenizer(config, clip.tokenizer, "the Clip")
         config = dataclasses.replace(config, tokenizer=settings)
     _check_preprocessing(config, clip.preprocessing, "the Clip")
@@ -161,10 +169,11 @@ def check_tokenizer(config: Config, tokenizer: Tokenizer, source: str) -> None:
         )
 
 
-def skeleton(config: Config, tokenizer: Tokenizer | None = None, preprocessing: Preprocessing | None = None) -> Clip:
-    """A Clip without memory for its weights (all on the meta device)."""
-    with torch.device("meta"):
-        clip = Clip.from_config(config, tokenizer, seed=None)
+def skeleton(
+    config: Config, tokenizer: Tokenizer | None = None, preprocessing: Preprocessing | None = None
+) -> Clip:
+    """A Clip whose weights are still to be filled in: memory is reserved, nothing is computed."""
+    clip = Clip.from_config(config, tokenizer, seed=None)
     if preprocessing is not None:
         clip.preprocessing = preprocessing
     return clip
@@ -183,12 +192,10 @@ def build(
         CheckpointError: for the first tensor that is missing, left over, of another shape or not finite.
     """
     clip = skeleton(config, tokenizer, preprocessing)
-    check(clip.state_dict(), weights, source)
-    clip.to_empty(device="cpu")
-    for name in ("mean", "std"):
-        setattr(clip.image, name, torch.tensor(getattr(config.image, name)).view(3, 1, 1))
+    own = clip.state_dict()
+    check(own, weights, source)
     with torch.no_grad():
-        for name, target in clip.state_dict().items():
+        for name, target in own.items():
             target.copy_(weights[name])
     return clip.eval()
 

@@ -39,7 +39,9 @@ class Rule:
     shares: tuple[int, ...] = ()
 
 
-def rule(ours: str, *theirs: str, change: Change = "same", ones: int = 0, shares: tuple[int, ...] = ()) -> Rule:
+def rule(
+    ours: str, *theirs: str, change: Change = "same", ones: int = 0, shares: tuple[int, ...] = ()
+) -> Rule:
     """A rule; with one name for both layouts give only `ours`."""
     return Rule(ours, theirs or (ours,), change, ones, shares)
 

@@ -130,7 +130,9 @@ def from_caller(
                 f'statistics must be "clip", "half" or a mean and a deviation of three numbers each, not {statistics!r}'
             ) from None
     if heads is not None and (len(heads) != 2 or min(heads) < 1):
-        raise ConfigError(f"heads must be two numbers, of the image tower and of the text tower, not {heads!r}")
+        raise ConfigError(
+            f"heads must be two numbers, of the image tower and of the text tower, not {heads!r}"
+        )
     image_heads, text_heads = heads or (None, None)
     settings = Settings(
         activation=activation,  # type: ignore[arg-type]
@@ -176,7 +178,9 @@ def merged(stated: Sequence[Stated], file: str) -> Settings:
     return Settings(**found)
 
 
-def check_claims(stated: Sequence[Stated], found: Mapping[str, Any], file: str, but: Sequence[str] = ()) -> None:
+def check_claims(
+    stated: Sequence[Stated], found: Mapping[str, Any], file: str, but: Sequence[str] = ()
+) -> None:
     """The configs' numbers must be those of the weights.
 
     Args:

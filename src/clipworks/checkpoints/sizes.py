@@ -36,7 +36,9 @@ def resized(clip: Clip, *, image_size: int | None = None, context_length: int | 
     weights = dict(clip.state_dict())
     leading = 1 if isinstance(image, ResNetConfig) else int(image.class_token)
     with torch.no_grad():
-        weights["image.positions"] = resize_positions(weights["image.positions"], (image.grid, image.grid), leading)
+        weights["image.positions"] = resize_positions(
+            weights["image.positions"], (image.grid, image.grid), leading
+        )
         weights["text.positions"] = stretch_positions(
             weights["text.positions"], context_length, cut=config.text.mask == "causal"
         )

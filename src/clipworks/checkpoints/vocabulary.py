@@ -23,7 +23,11 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def choose(
-    config: Config, words: Words | None, folder: Path | None, given: Tokenizer | Literal[False] | None, source: str
+    config: Config,
+    words: Words | None,
+    folder: Path | None,
+    given: Tokenizer | Literal[False] | None,
+    source: str,
 ) -> Tokenizer | None:
     """The tokenizer for weights of this geometry.
 
@@ -49,14 +53,20 @@ def choose(
         check_tokenizer(config, beside, f"{folder}")
         return beside
     if vocabulary != ClipTokenizer.vocab_size or (words is not None and words.kind == "file" and words.full):
-        where = f"there is no tokenizer.json in {folder}" if folder is not None else "it says nothing of a tokenizer"
+        where = (
+            f"there is no tokenizer.json in {folder}"
+            if folder is not None
+            else "it says nothing of a tokenizer"
+        )
         what = "CLIP's vocabulary does not fit" if beside is not None else where
         raise CheckpointError(
             f"{source}: its text tower has vectors for {vocabulary} ids, and {what}: pass tokenizer=…, or "
             "tokenizer=False to embed no strings"
         )
     if words is not None and words.end not in (None, ClipTokenizer.end):
-        raise CheckpointError(f"{source}: its texts end with id {words.end}, CLIP's vocabulary ends them with {ClipTokenizer.end}")
+        raise CheckpointError(
+            f"{source}: its texts end with id {words.end}, CLIP's vocabulary ends them with {ClipTokenizer.end}"
+        )
     tokenizer = beside or ClipTokenizer(length)
     check_tokenizer(config, tokenizer, source)
     return tokenizer
@@ -74,7 +84,10 @@ def find(folder: Path, words: Words | None, length: int) -> Tokenizer | None:
         model = content.get("model")
         if not isinstance(model, dict) or "vocab" not in model:
             raise CheckpointError(f"{file}: has no model with a vocabulary")
-        pairs = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model.get("merges") or []]
+        pairs = [
+            tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair)
+            for pair in model.get("merges") or []
+        ]
         if model.get("type", "BPE") == "BPE" and is_clip(model["vocab"], pairs):
             return ClipTokenizer(length)
         return _from_file(file, content, words or Words("file"), length)
@@ -83,7 +96,9 @@ def find(folder: Path, words: Words | None, length: int) -> Tokenizer | None:
         pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
         if is_clip(read_json(vocab), pairs):
             return ClipTokenizer(length)
-        raise CheckpointError(f"{vocab}: not CLIP's vocabulary; other vocabularies are read from a tokenizer.json")
+        raise CheckpointError(
+            f"{vocab}: not CLIP's vocabulary; other vocabularies are read from a tokenizer.json"
+        )
     return None
 
 
@@ -104,9 +119,12 @@ def clip_merges() -> list[tuple[str, ...]]:
 
 def _from_file(path: Path, content: Mapping[str, Any], words: Words, length: int) -> FileTokenizer:
     options = _options(path.parent)
-    ids = _ids(content)
+    ids = token_ids(content)
     start, end = _around(content.get("post_processor"), path)
-    for name, flag in (("bos_token", options.get("add_bos_token")), ("eos_token", options.get("add_eos_token"))):
+    for name, flag in (
+        ("bos_token", options.get("add_bos_token")),
+        ("eos_token", options.get("add_eos_token")),
+    ):
         # Set, these flags decide, whatever the file was written with.
         if flag is not None:
             token = _spelling(options.get(name)) if flag else None
@@ -125,7 +143,9 @@ def _from_file(path: Path, content: Mapping[str, Any], words: Words, length: int
     if words.end is not None and words.end != last:
         raise CheckpointError(f"{path}: texts end with id {last}, the config says {words.end}")
     if words.largest and last != max(ids.values()):
-        raise CheckpointError(f"{path}: texts end with id {last}, but this model reads them at the largest id {max(ids.values())}")
+        raise CheckpointError(
+            f"{path}: texts end with id {last}, but this model reads them at the largest id {max(ids.values())}"
+        )
     try:
         return FileTokenizer(
             path,
@@ -157,7 +177,8 @@ def _clean(options: Mapping[str, Any], words: Words) -> Literal["siglip", "lower
     return "lower" if kind == "Siglip2Tokenizer" or (kind == "GemmaTokenizer" and words.full) else "none"
 
 
-def _ids(content: Mapping[str, Any]) -> dict[str, int]:
+def token_ids(content: Mapping[str, Any]) -> dict[str, int]:
+    """The tokens of a `tokenizer.json` to their ids."""
     vocab = content["model"]["vocab"]
     if isinstance(vocab, list):  # a unigram model: pieces with their scores
         vocab = {piece[0]: i for i, piece in enumerate(vocab)}
@@ -187,7 +208,9 @@ def _around(processor: Any, path: Path) -> tuple[str | None, str | None]:
         else:
             side.append(piece["SpecialToken"]["id"])
     if len(before) > 1 or len(behind) > 1:
-        raise CheckpointError(f"{path}: puts {before} before and {behind} behind a text, which is not supported")
+        raise CheckpointError(
+            f"{path}: puts {before} before and {behind} behind a text, which is not supported"
+        )
     return (before or [None])[0], (behind or [None])[0]
 
 

@@ -1,9 +1,9 @@
 """Names to files to a Clip.
 
-    seedling                        ships with the package
-    ViT-B-32/openai                 a known model: its name says where it is and what its weights cannot say
-    openai/clip-vit-base-patch32    a repository of the hub, in the layout of transformers or open_clip
-    epoch_5.pt, run/clip            a file or a folder
+seedling                        ships with the package
+ViT-B-32/openai                 a known model: its name says where it is and what its weights cannot say
+openai/clip-vit-base-patch32    a repository of the hub, in the layout of transformers or open_clip
+epoch_5.pt, run/clip            a file or a folder
 """
 
 from __future__ import annotations
@@ -52,7 +52,15 @@ def models() -> list[Model]:
     listed = [_seedling()]
     for known in MODELS.values():
         count = parameters(known.config)
-        listed.append(Model(known.name, count, round(count * 4 / 1e6), known.config.image.image_size, f"hub: {known.repository}"))
+        listed.append(
+            Model(
+                known.name,
+                count,
+                round(count * 4 / 1e6),
+                known.config.image.image_size,
+                f"hub: {known.repository}",
+            )
+        )
     return listed
 
 
@@ -125,7 +133,9 @@ def _load(
             return _own(place, told, tokenizer)
         label = place.weights.stem if place.weights.parent == Path(name).parent else Path(name).name
         known = _by_hash(place)
-        return foreign.load(place, [*told, *known], tokenizer=tokenizer, but=but, name=known[0].name if known else label)
+        return foreign.load(
+            place, [*told, *known], tokenizer=tokenizer, but=but, name=known[0].name if known else label
+        )
     known_name = ALIASES.get(text, text)
     if known_name in MODELS:
         place, known = _fetch_known(MODELS[known_name], revision)
@@ -133,7 +143,9 @@ def _load(
     if isinstance(name, Path) or _looks_like_a_path(text):
         raise ModelNotFound(f"{name}: no such file or folder")
     if not HUB.fullmatch(text) or text.partition("/")[0].removesuffix("-quickgelu") in ARCHITECTURES:
-        raise ModelNotFound(f"no model {text!r}{nearest(text, [SEEDLING, *MODELS]) or '; `clipworks models` lists the names'}")
+        raise ModelNotFound(
+            f"no model {text!r}{nearest(text, [SEEDLING, *MODELS]) or '; `clipworks models` lists the names'}"
+        )
     place = _fetch(text, revision)
     if place.own:
         return _own(place, told, tokenizer)
@@ -155,7 +167,9 @@ def _own(place: Place, told: list[Stated], tokenizer: Tokenizer | Literal[False]
     elif tokenizer is not None:
         own.check_tokenizer(clip.config, tokenizer, "the tokenizer given")
         if own.tokenizer_config(tokenizer) != clip.config.tokenizer:
-            raise CheckpointError(f"{path}: the tokenizer given is not the one that these weights were trained with")
+            raise CheckpointError(
+                f"{path}: the tokenizer given is not the one that these weights were trained with"
+            )
         clip.tokenizer = tokenizer
     return clip
 

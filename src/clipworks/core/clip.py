@@ -84,17 +84,15 @@ class Clip(nn.Module):
     @classmethod
     def from_config(cls, config: Config, tokenizer: Tokenizer | None = None, *, seed: int | None = 0) -> Clip:
         """A fresh CLIP with the paper's initial weights; `seed=None` leaves them for a checkpoint to fill."""
-        # Built without storage: torch's own initial values would cost time and the global generator. On the meta
-        # device alone they would still be called for, and the first of them imports a compiler's worth of modules.
-        with torch.device("meta"), Uninitialized():
+        # Torch's own initial values would cost time and the global generator. The meta device would do
+        # without them too, but leaving it imports a compiler's worth of modules.
+        with Uninitialized():
             image: VisionTower | ModifiedResNet
             if isinstance(config.image, VisionConfig):
                 image = VisionTower(config.image, config.width)
             else:
                 image = ModifiedResNet(config.image, config.width)
             text = TextTower(config.text, config.width)
-        image.to_empty(device="cpu").set_statistics(config.image.mean, config.image.std)
-        text.to_empty(device="cpu")
         clip = cls(image, text, config=config, tokenizer=tokenizer)
         if seed is not None:
             initialize(clip, torch.Generator().manual_seed(seed))

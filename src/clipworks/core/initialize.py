@@ -31,7 +31,7 @@ class Uninitialized(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Leave a weight (...) as it is where torch.nn.init would fill it, and let everything else through."""
+        """Leave a weight (...) as it is where torch.nn.init would fill it; all else passes."""
         if getattr(func, "__module__", None) == "torch.nn.init":
             return args[0] if args else (kwargs or {})["tensor"]
         return func(*args, **(kwargs or {}))

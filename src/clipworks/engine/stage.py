@@ -14,7 +14,7 @@ class Objective(Protocol):
     """What `fit` asks of an objective; `methods/pretrain/base.py` states it in full.
 
     Optional besides: `local` (names of entries that are not gathered), `groups(clip)` (groups for the
-    optimizer), `backward(terms, backward)` (in place of the backward pass of the terms' sum).
+    optimizer), `backward(terms)` (in place of the backward pass of the terms' sum).
     """
 
     def prepare(self, clip: nn.Module) -> nn.Module:

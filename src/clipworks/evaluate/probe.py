@@ -87,8 +87,8 @@ def linear_probe(
         return float(fit(*splits["train"], c).score(*splits["validation"]))
 
     c, tried = best_c(score)
-    both = [np.concatenate(parts) for parts in zip(splits["train"], splits["validation"], strict=True)]
-    classifier = fit(both[0], both[1], c)
+    (x, y), (more_x, more_y) = splits["train"], splits["validation"]
+    classifier = fit(np.concatenate((x, more_x)), np.concatenate((y, more_y)), c)
     return Probe(float(classifier.score(*splits["test"])), c, tried, classifier)
 
 

@@ -11,7 +11,8 @@ sigmoid   Sum over all pairs of the binary cross-entropy of l against t in [0, 1
 memory grows with N + M. Both are sums over pairs with coefficients that depend on the row and on the column
 (`_Coefficients`); the tiled form walks over tiles of pairs, and because a loss is a scalar it computes the
 gradient in the same walk and only scales it in the backward pass. The softmax form needs two walks, one for
-the normalizers; what fits into `KEPT_BYTES` is not computed again in the second one.
+the normalizers; what fits into `KEPT_BYTES` is not computed again in the second one. The file is long because
+both forms stand in it beside the coefficients that they share.
 """
 
 from __future__ import annotations

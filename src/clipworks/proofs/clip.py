@@ -116,7 +116,7 @@ def experiment(seed: int, size: Size, data: Path | None = None) -> Outcome:
     for batch_size in size.batch_sizes:
         forms: tuple[Form, ...] = ("softmax", "sigmoid")
         for form in forms:
-            model = fresh(tokenizer, size, seed)
+            model = fresh(tokenizer, size, seed, form)
             trained = train(model, ClipObjective(form, fresh=True), pictures, size, batch_size, seed)
             details[f"{form}_batch_{batch_size}"] = _zero_shot(trained, pictures.seen, pictures.classes)
     return Outcome(baseline=TIMES_CHANCE * chance, method=seen, details=details)
@@ -148,7 +148,7 @@ class Supervised(Objective):
         return {"cross_entropy": F.cross_entropy(features["logits"].float(), features["label"])}
 
 
-def fresh(tokenizer: FileTokenizer, size: Size, seed: int) -> Clip:
+def fresh(tokenizer: FileTokenizer, size: Size, seed: int, form: Form = "softmax") -> Clip:
     """A CLIP with the paper's initial weights for pictures of 32 pixels."""
     blocks = uniform_blocks(size.depth, size.width, heads=max(1, size.width // 32))
     stem = tuple(StemStage(max(8, size.width // part)) for part in (4, 2, 1))
@@ -156,6 +156,7 @@ def fresh(tokenizer: FileTokenizer, size: Size, seed: int) -> Clip:
         width=size.width,
         image=VisionConfig(image_size=32, patch_size=8, width=size.width, blocks=blocks, stem=stem),
         text=TextConfig(CONTEXT, tokenizer.vocab_size, size.width, blocks),
+        sigmoid=form == "sigmoid",
         tokenizer=TokenizerConfig(kind="file", fingerprint=tokenizer.fingerprint()),
     )
     return Clip.from_config(config, tokenizer, seed=seed)

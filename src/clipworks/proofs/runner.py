@@ -71,7 +71,11 @@ def prove(
         folder = folder / "development"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{proof.slug}.json"
-    settings = {"budget": budget, "data": data.name if data else "world", "code": code_of(proof)}
+    settings = {
+        "budget": budget,
+        "data": data.resolve().name if data else "generated",
+        "code": code_of(proof),
+    }
     runs = _read(path)
     run = next((run for run in runs if run["settings"] == settings), None)
     if run is None:

@@ -87,6 +87,7 @@ def test_only_fresh_models_get_the_initial_scale_and_bias(clip: Any) -> None:
     assert ClipObjective(fresh=True).prepare(clip).scale.item() == pytest.approx(math.log(1 / 0.07))
     sigmoid = ClipObjective("sigmoid", fresh=True).prepare(clip)
     assert sigmoid.scale.item() == pytest.approx(math.log(10)) and sigmoid.bias.item() == -10
+    assert sigmoid.config.sigmoid
 
 
 def test_recipes_are_those_of_the_paper() -> None:

@@ -13,7 +13,9 @@ pair by itself whether it belongs together, with a learned bias b, z_ij = 1 for 
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,6 +53,8 @@ class ClipObjective(Objective):
         """The same model, with the initial scale and bias of the form where `fresh`."""
         if self.form == "sigmoid" and clip.bias is None:
             clip.bias = nn.Parameter(torch.zeros_like(clip.scale))
+            clip.config = replace(clip.config, sigmoid=True)
+            clip.config = dataclasses.replace(clip.config, sigmoid=True)
         if self.fresh:
             with torch.no_grad():
                 clip.scale.fill_(math.log(10) if self.form == "sigmoid" else math.log(1 / 0.07))

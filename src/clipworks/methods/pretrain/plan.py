@@ -321,7 +321,7 @@ def train(
     resume: Resume = "auto",
     show: Show = "auto",
     callbacks: Sequence[Callback] = (),
-    saving: Saving = Saving(),
+    saving: Saving = Saving(),  # noqa: B008  frozen
 ) -> Result:
     """Carry out a plan.
 
