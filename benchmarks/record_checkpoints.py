@@ -60,11 +60,11 @@ CASES: dict[str, dict[str, Any]] = {
         "text_cfg": SIGLIP_TEXT,
     },
     "siglip2": {
-        "embed_dim": 48,
+        "embed_dim": 24,
         "init_logit_bias": -10,
         "custom_text": True,
         "vision_cfg": {**TIMM, "image_size": 64, "timm_model_name": "vit_base_patch32_siglip_64"},
-        "text_cfg": {**SIGLIP_TEXT, "act_kwargs": {"approximate": "tanh"}},
+        "text_cfg": {**SIGLIP_TEXT, "width": 24, "act_kwargs": {"approximate": "tanh"}},
     },
 }
 
@@ -117,21 +117,21 @@ def import_timm() -> None:
 
 
 def register_small_towers() -> None:
-    """Give timm two SigLIP towers of width 48, under names of the form that its own have."""
+    """Give timm two small SigLIP towers, under names of the form that its own have."""
     from timm.models import register_model
     from timm.models.vision_transformer import VisionTransformer
 
-    def tower(size: int, patch: int, **options: Any) -> Any:
+    def tower(size: int, patch: int, width: int, **options: Any) -> Any:
         return VisionTransformer(
-            img_size=size, patch_size=patch, embed_dim=48, depth=2, num_heads=12, class_token=False,
+            img_size=size, patch_size=patch, embed_dim=width, depth=2, num_heads=12, class_token=False,
             num_classes=0, global_pool="map", **options,
         )  # fmt: skip
 
     def vit_base_patch8_siglip_32(pretrained: bool = False, **_: Any) -> Any:
-        return tower(32, 8)
+        return tower(32, 8, 48)
 
     def vit_base_patch32_siglip_64(pretrained: bool = False, **_: Any) -> Any:
-        return tower(64, 32, act_layer="gelu_tanh")
+        return tower(64, 32, 24, act_layer="gelu_tanh")
 
     for function in (vit_base_patch8_siglip_32, vit_base_patch32_siglip_64):
         function.__module__ = "timm.models.vision_transformer"
@@ -190,6 +190,7 @@ def record(name: str, config: dict[str, Any]) -> int:
         about["peer"] += f", timm {timm.__version__}"
     path = RECORD / f"open_clip-{name}.safetensors"
     save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata={**about, "config": json.dumps(whole)})
+    path.chmod(0o644)
     return path.stat().st_size
 
 

@@ -341,3 +341,12 @@ def test_no_length_and_no_data_are_clear_errors(train: Any, tmp_path: Path) -> N
         train(tmp_path / "c", Recipe(steps=3), data=iter(()))
     with pytest.raises(ConfigError, match="loud"):
         train(tmp_path / "d", show="loud")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, about itself
+def test_compiled_towers_take_the_same_steps(train: Any, tmp_path: Path, short: Recipe) -> None:
+    plain = train(tmp_path / "plain")
+    compiled = train(tmp_path / "compiled", dataclasses.replace(short, compile=True, ema=0.5))
+    assert compiled.loss == pytest.approx(plain.loss, rel=1e-4)
+    assert weights(compiled.clip).keys() == weights(plain.clip).keys()
