@@ -8,6 +8,9 @@ padded to the longest text of the batch, stated apart), prepared tensors, or fil
 its own with all cores; they take turns, and the fastest of several rounds counts. `peer` is the faster peer,
 `ratio` its time over ours, `max_diff` the largest difference of a component of the unit vectors.
 
+`image-jpeg` takes `precision="auto"`, as the commands do: bf16 where the processor multiplies it faster and
+the model agrees with itself; `image-jpeg-fp32` stays in fp32.
+
 The zero-shot head has ImageNet's 1,000 names in OpenAI's 80 templates. The peers compute a sample of its
 prompts and are scaled up to all of them; ours computes all.
 """
@@ -53,10 +56,14 @@ def captions(count: int) -> list[str]:
 
 
 def measure(call: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds of a call, and its vectors as an array."""
-    start = time.perf_counter()
-    vectors = call()
-    return time.perf_counter() - start, vectors.float().cpu().numpy()
+    """Seconds of a call and its vectors; of a call of milliseconds, the fastest within half a second."""
+    best, begun = float("inf"), time.perf_counter()
+    while True:
+        start = time.perf_counter()
+        vectors = call()
+        best = min(best, time.perf_counter() - start)
+        if time.perf_counter() - begun > 0.5:
+            return best, vectors.float().cpu().numpy()
 
 
 def serve_ours(folder: str) -> None:
@@ -78,7 +85,9 @@ def serve_ours(folder: str) -> None:
             "texts": lambda texts, **_: measure(lambda: clip.embed_texts(texts)),
             "head": lambda names, **_: head(names),
             "pixels": lambda precision, **_: measure(lambda: clip.embed_images(pixels, precision=precision)),
-            "files": lambda paths, **_: measure(lambda: clip.embed_images(paths)),
+            "files": lambda paths, precision, **_: measure(
+                lambda: clip.embed_images(paths, precision=precision)
+            ),
         }
     )
 
@@ -269,15 +278,17 @@ def run(peer_python: str, rounds: int, images: int, classes: int, only: list[str
                 )
                 cosine = float((best["ours"][1] * best["open_clip"][1]).sum(1).min())
                 rows.append(row(f"image-{precision}", images, best, cosine=cosine))
-        if not only or "image-jpeg" in only:
-            best = take_turns(
-                {
-                    "ours": lambda: ours.ask("files", paths=paths),
-                    "open_clip": lambda: oc.ask("files", paths=paths),
-                },
-                rounds,
-            )
-            rows.append(row("image-jpeg", images, best))
+        for case, precision in (("image-jpeg", "auto"), ("image-jpeg-fp32", "fp32")):
+            if not only or case in only:
+                best = take_turns(
+                    {
+                        "ours": lambda p=precision: ours.ask("files", paths=paths, precision=p),
+                        "open_clip": lambda: oc.ask("files", paths=paths),
+                    },
+                    rounds,
+                )
+                cosine = float((best["ours"][1] * best["open_clip"][1]).sum(1).min())
+                rows.append(row(case, images, best, cosine=cosine, precision=precision))
         for worker in workers.values():
             worker.close()
     return rows

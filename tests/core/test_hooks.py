@@ -295,6 +295,28 @@ def test_tap_keeps_the_tokens_after_its_blocks() -> None:
     assert torch.equal(tap[0], module.run(placed, stop=1))
 
 
+def test_shortcut_of_the_last_block_gives_the_vector_and_the_gradients_of_the_whole_one() -> None:
+    short, whole = tower(), tower()
+    for module in (short, whole):
+        module.requires_grad_(True)
+    a = short(pixels())
+    b = whole.project(whole.run(whole.place(whole.read(pixels()))))
+    assert torch.allclose(a, b, atol=1e-6)
+    a.square().sum().backward()
+    b.square().sum().backward()
+    for (name, p), q in zip(short.named_parameters(), whole.parameters(), strict=True):
+        assert p.grad is not None and q.grad is not None, name
+        assert torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-5), name
+
+
+def test_variant_of_the_last_block_is_run_as_it_is() -> None:
+    module = tower()
+    changed = variant(
+        module, modules={f"blocks.{DEPTH - 1}.attention.qkv": lambda linear: nn.Sequential(linear)}
+    )
+    assert torch.allclose(changed(pixels()), module(pixels()), atol=1e-6)
+
+
 def test_two_stretches_of_blocks_equal_one_run() -> None:
     module = tower()
     placed = module.place(module.read(pixels()))

@@ -96,6 +96,13 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         return self.out(self.mix(q, k, v, mask))
 
+    def first(self, x: Tensor) -> Tensor:
+        """What the first token gathers from all: (B, N, w) to (B, 1, w), without the other queries."""
+        width = self.heads * self.head_width
+        weights, biases = (tensor.tensor_split([width]) for tensor in (self.qkv.weight, self.qkv.bias))
+        k, v = F.linear(x, weights[1], biases[1]).chunk(2, dim=-1)
+        return self.out(self.mix(F.linear(x[:, :1], weights[0], biases[0]), k, v))
+
 
 def _weights(scores: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     """Scores (B, h, Nq, Nk) to attention weights of the same shape."""
@@ -144,3 +151,8 @@ class Block(nn.Module):
         tokens = tokens + (self.attention(x, mask) if attend is None else attend(self.attention, x, mask))
         x = self.ln_2(tokens)
         return tokens + (self.mlp(x) if feed is None else feed(self.mlp, x))
+
+    def first(self, tokens: Tensor) -> Tensor:
+        """The first token after the block, (B, N, w) to (B, 1, w): all that a class token needs of its last."""
+        first = tokens[:, :1] + self.attention.first(self.ln_1(tokens))
+        return first + self.mlp(self.ln_2(first))

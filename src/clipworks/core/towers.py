@@ -180,7 +180,22 @@ class VisionTower(Tower):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) in [0, 1] or bytes to vectors (B, D), not normalised."""
-        return self.project(self.run(self.place(self.read(pixels))))
+        tokens = self.place(self.read(pixels))
+        if not self._reads_the_first_token():
+            return self.project(self.run(tokens))
+        # Nothing reads the other tokens of the last block, so they are not computed.
+        return self.project(self.blocks[-1].first(self.run(tokens, stop=-1)))  # type: ignore[operator]
+
+    def _reads_the_first_token(self) -> bool:
+        if self.config.pooling != "class" or not len(self.blocks) or self.checkpointing:
+            return False
+        last = self.blocks[-1]
+        if type(last) is not Block or type(last.attention) is not Attention:
+            return False
+        # A block that a variant, a compiler or a forward hook has changed is run as it is.
+        qkv = last.attention.qkv
+        changed = type(qkv) is not nn.Linear or any(m._forward_hooks for m in last.modules())
+        return not changed and last._compiled_call_impl is None
 
 
 class AttentionPool(nn.Module):
@@ -198,7 +213,7 @@ class AttentionPool(nn.Module):
         """Normed tokens (B, N, w) to (B, w)."""
         q_weight, kv_weight = self.attention.qkv.weight.tensor_split([self.width], dim=0)
         q_bias, kv_bias = self.attention.qkv.bias.tensor_split([self.width], dim=0)
-        q = F.linear(self.probe, q_weight, q_bias).expand(len(tokens), 1, -1)
+        q = F.linear(self.probe, q_weight, q_bias).expand(tokens.shape[0], 1, -1)
         k, v = F.linear(tokens, kv_weight, kv_bias).chunk(2, dim=-1)
         return self._finish(self.attention.mix(q, k, v))[:, 0]
 

@@ -26,6 +26,7 @@ AGREEMENT = 0.999
 
 logger = logging.getLogger(__name__)
 M = TypeVar("M", bound=nn.Module)
+_agreements: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], float]] = weakref.WeakKeyDictionary()
 _copies: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], nn.Module]] = weakref.WeakKeyDictionary()
 
 
@@ -47,7 +48,7 @@ def bf16_speedup(device: str = "cpu", size: int = 768) -> float:
 
 def cast(tower: M, dtype: torch.dtype) -> M:
     """The tower with weights in `dtype`; a copy is kept until a weight of the original changes."""
-    stamp = tuple(value for p in tower.parameters() for value in (p.data_ptr(), p._version))
+    stamp = _stamp(tower)
     known = _copies.get(tower)
     if known is None or known[0] != stamp or next(known[1].parameters()).dtype != dtype:
         twin = copy.deepcopy(tower).to(dtype).requires_grad_(False)
@@ -80,12 +81,26 @@ def choose(tower: M, probe: object, precision: Precision) -> M:
         return tower
     twin = cast(tower, torch.bfloat16)
     if precision == "auto":
-        with torch.no_grad():
-            agreement = float(_cosine(tower(probe), twin(probe)).min())
+        agreement = _agreement(tower, twin, probe)
         if not agreement >= AGREEMENT:
             logger.warning("bf16 agrees with fp32 only to a cosine of %.4f: encoding in fp32", agreement)
             return tower
     return twin
+
+
+@torch.no_grad()
+def _agreement(tower: nn.Module, twin: nn.Module, probe: object) -> float:
+    """The least cosine between the vectors of both, measured once for each state of the weights."""
+    stamp = _stamp(tower)
+    known = _agreements.get(tower)
+    if known is None or known[0] != stamp:
+        known = _agreements[tower] = (stamp, float(_cosine(tower(probe), twin(probe)).min()))
+    return known[1]
+
+
+def _stamp(tower: nn.Module) -> tuple[int, ...]:
+    """Changes whenever a weight is replaced or written to."""
+    return tuple(value for p in tower.parameters() for value in (p.data_ptr(), p._version))
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
