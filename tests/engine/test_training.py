@@ -344,7 +344,9 @@ def test_no_length_and_no_data_are_clear_errors(train: Any, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, about itself
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning"
+)  # torch, of itself
 def test_compiled_towers_take_the_same_steps(train: Any, tmp_path: Path, short: Recipe) -> None:
     plain = train(tmp_path / "plain")
     compiled = train(tmp_path / "compiled", dataclasses.replace(short, compile=True, ema=0.5))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -125,8 +126,10 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 def _read_pickled(path: Path) -> Any:
     try:
-        # Mapped files need not fit into memory twice; only the older format cannot be mapped.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about a newer pickle protocol; what fails, fails below
+            # Mapped files need not fit into memory twice; only the older format cannot be mapped.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: holds more than tensors, or is damaged, and is not unpickled for that reason ({_line(error)}); "

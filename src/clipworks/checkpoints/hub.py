@@ -5,7 +5,6 @@ Offline (`HF_HUB_OFFLINE=1`, or without a connection) the cache answers. What go
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
@@ -47,8 +46,8 @@ def download(repository: str, names: Iterable[str], revision: str | None = None)
     raise CheckpointError(f"{_label(repository, revision)}: has none of {', '.join(names)}")
 
 
-def listing(repository: str, revision: str | None = None) -> tuple[list[str], str | None]:
-    """The names of a repository's files, and the commit they belong to.
+def listing(repository: str, revision: str | None = None) -> list[str]:
+    """The names of a repository's files; without a connection, of those in the cache.
 
     Raises:
         ModelNotFound: if there is no such repository or revision.
@@ -59,14 +58,13 @@ def listing(repository: str, revision: str | None = None) -> tuple[list[str], st
 
     try:
         found = _ask(repository, revision, lambda: HfApi().model_info(repository, revision=revision))
-        return sorted(one.rfilename for one in found.siblings or []), found.sha
+        return sorted(one.rfilename for one in found.siblings or [])
     except _Unanswered as error:
         try:
             folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
         except (LocalEntryNotFoundError, ValueError) as missing:
             raise _unreachable(repository, "", error) from missing
-        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-        return sorted(names), folder.name
+        return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 class _Unanswered(Exception):
@@ -124,9 +122,10 @@ def _unknown(repository: str) -> ModelNotFound:
 
 
 def _unreachable(repository: str, name: str, error: BaseException) -> CheckpointError:
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    from huggingface_hub import constants
+
     what = f"{repository}: {name or 'its files'} cannot be downloaded and is not in the cache"
-    if offline:
+    if constants.HF_HUB_OFFLINE:
         return CheckpointError(f"{what} (HF_HUB_OFFLINE is set)")
     return CheckpointError(f"{what} ({' '.join(str(error).split())[:120]})")
 

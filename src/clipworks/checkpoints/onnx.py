@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -113,8 +114,7 @@ def export(clip: Clip, folder: Path, *, batch: int = 3) -> Exported:
 
 def _export(module: nn.Module, inputs: Mapping[str, Tensor], path: Path) -> Path:
     batch = torch.export.Dim("batch", min=1)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")  # the exporter's own, about versions of its operators
+    with _quiet():
         torch.onnx.export(
             module.eval(),
             tuple(inputs.values()),
@@ -128,6 +128,23 @@ def _export(module: nn.Module, inputs: Mapping[str, Tensor], path: Path) -> Path
             verbose=False,
         )
     return path
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's remarks (on versions of its operators, on libraries that are not there) to itself."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    inner = logging.getLogger("torch.onnx._internal.exporter._registration")
+    inner_level, inner.disabled = inner.disabled, True
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+        inner.disabled = inner_level
 
 
 def _large(module: nn.Module) -> bool:

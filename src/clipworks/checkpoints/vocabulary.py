@@ -46,10 +46,8 @@ def choose(
         check_tokenizer(config, given, "the tokenizer given")
         return given
     length, vocabulary = config.text.context_length, config.text.vocab_size
-    beside = find(folder, words, length) if folder is not None else None
+    beside = find(folder, words or Words("clip"), length) if folder is not None else None
     if isinstance(beside, FileTokenizer):
-        if words is None or words.kind == "clip":
-            raise CheckpointError(f"{folder}: the tokenizer there is not CLIP's, which the config asks for")
         check_tokenizer(config, beside, f"{folder}")
         return beside
     if vocabulary != ClipTokenizer.vocab_size or (words is not None and words.kind == "file" and words.full):
@@ -72,7 +70,7 @@ def choose(
     return tokenizer
 
 
-def find(folder: Path, words: Words | None, length: int) -> Tokenizer | None:
+def find(folder: Path, words: Words, length: int) -> Tokenizer | None:
     """The tokenizer in a folder, with texts of at most `length` tokens; None if there is none.
 
     Raises:
@@ -90,7 +88,9 @@ def find(folder: Path, words: Words | None, length: int) -> Tokenizer | None:
         ]
         if model.get("type", "BPE") == "BPE" and is_clip(model["vocab"], pairs):
             return ClipTokenizer(length)
-        return _from_file(file, content, words or Words("file"), length)
+        if words.kind == "clip":
+            raise CheckpointError(f"{file}: not CLIP's vocabulary, which the config asks for")
+        return _from_file(file, content, words, length)
     if vocab.is_file() and merges.is_file():
         lines = merges.read_text(encoding="utf-8").split("\n")
         pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]

@@ -127,7 +127,7 @@ def _load(
     if text == SEEDLING:
         with resources.as_file(resources.files("clipworks.checkpoints") / SEEDLING) as folder:
             return own.load(folder)
-    if Path(name).exists():
+    if text and Path(name).exists():
         place = foreign.locate(Path(name))
         if place.own:
             return _own(place, told, tokenizer)
@@ -195,21 +195,22 @@ def _fetch(repository: str, revision: str | None) -> Place:
         CheckpointError: if it has no weights in a layout that is known.
     """
     from clipworks.checkpoints import foreign, hub
+    from clipworks.checkpoints.files import shard_names
 
-    names, commit = hub.listing(repository, revision)
-    there = set(names)
+    there = set(hub.listing(repository, revision))
     for config, weights in foreign.WEIGHTS.items():
         chosen = foreign.first_of(weights, there) if config in there else None
         if chosen is None:
             continue
-        sides = [name for name in foreign.SIDE_FILES if name in there]
-        paths = {name: hub.download(repository, (name,), commit or revision) for name in [*sides, chosen]}
-        if chosen.endswith(".index.json"):
-            from clipworks.checkpoints.files import shard_names
-
-            for name in shard_names(paths[chosen]):
-                hub.download(repository, (name,), commit or revision)
-        return foreign.locate(paths[chosen].parent)
+        # Asked for by its revision, the first file tells the cache which commit that is; the others are of that commit.
+        folder = hub.download(repository, (config,), revision).parent
+        for name in foreign.SIDE_FILES:
+            if name in there:
+                hub.download(repository, (name,), folder.name)
+        path = hub.download(repository, (chosen,), folder.name)
+        for name in shard_names(path) if chosen.endswith(".index.json") else ():
+            hub.download(repository, (name,), folder.name)
+        return foreign.locate(folder)
     raise CheckpointError(
         f"{repository}: has no weights in a layout that is read here "
         f"({' or '.join(foreign.WEIGHTS)} with weights beside it)"

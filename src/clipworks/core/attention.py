@@ -153,6 +153,6 @@ class Block(nn.Module):
         return tokens + (self.mlp(x) if feed is None else feed(self.mlp, x))
 
     def first(self, tokens: Tensor) -> Tensor:
-        """The first token after the block, (B, N, w) to (B, 1, w): all that a class token needs of its last."""
+        """The first token after the block, (B, N, w) to (B, 1, w), without computing the others."""
         first = tokens[:, :1] + self.attention.first(self.ln_1(tokens))
         return first + self.mlp(self.ln_2(first))
