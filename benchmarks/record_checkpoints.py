@@ -2,8 +2,8 @@
 
     .venv-peers/bin/python benchmarks/record_checkpoints.py
 
-Run it in the environment of the peers; the SigLIP cases need timm there besides (`pip install --no-deps timm`:
-the part of it that is used runs without torchvision, which it names). Each file holds the weights
+Run it in the environment of the peers; the SigLIP cases need timm there besides (`pip install --no-deps
+timm`: the part of it that is used runs without torchvision, which it names). Each file holds the weights
 as open_clip names them (in fp16, which is also what it computed with), the pixels and ids that went in, and
 its unit vectors and logits. The model's `open_clip_config.json` stands in the file's metadata.
 """
@@ -13,11 +13,12 @@ from __future__ import annotations
 import argparse
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import json
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 RECORD = Path(__file__).resolve().parent.parent / "tests" / "checkpoints" / "recorded"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -35,7 +36,12 @@ SIGLIP_TEXT: dict[str, Any] = {
     "pool_type": "last",
     "norm_kwargs": {"eps": 1e-6},
 }
-TIMM: dict[str, Any] = {"image_size": 32, "timm_model_pretrained": False, "timm_pool": "map", "timm_proj": "none"}
+TIMM: dict[str, Any] = {
+    "image_size": 32,
+    "timm_model_pretrained": False,
+    "timm_pool": "map",
+    "timm_proj": "none",
+}
 
 CASES: dict[str, dict[str, Any]] = {
     "vit": {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT},
@@ -43,8 +49,20 @@ CASES: dict[str, dict[str, Any]] = {
     "vit-custom-text": {"embed_dim": 24, "custom_text": True, "vision_cfg": VISION, "text_cfg": TEXT},
     "vit-odd": {
         "embed_dim": 20,
-        "vision_cfg": {**VISION, "width": 40, "head_width": 8, "mlp_ratio": 2.3, "norm_kwargs": {"eps": 1e-3}},
-        "text_cfg": {**TEXT, "layers": 3, "heads": 4, "mlp_ratio": 1.5, "act_kwargs": {"approximate": "tanh"}},
+        "vision_cfg": {
+            **VISION,
+            "width": 40,
+            "head_width": 8,
+            "mlp_ratio": 2.3,
+            "norm_kwargs": {"eps": 1e-3},
+        },
+        "text_cfg": {
+            **TEXT,
+            "layers": 3,
+            "heads": 4,
+            "mlp_ratio": 1.5,
+            "act_kwargs": {"approximate": "tanh"},
+        },
     },
     "resnet": {
         "embed_dim": 24,
@@ -81,7 +99,7 @@ class Empty(type):
 class Anything(ModuleType):
     """A module in which every name is an empty class."""
 
-    __path__: list[str] = []
+    __path__: ClassVar[list[str]] = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -108,9 +126,7 @@ def import_timm() -> None:
     """Import timm, and open_clip after it, where there is no torchvision."""
     import transformers  # noqa: F401 - so that it has looked for torchvision before one is shown
 
-    try:
-        import torchvision  # type: ignore[import-not-found]  # noqa: F401, TID253
-    except ImportError:
+    if importlib.util.find_spec("torchvision") is None:
         sys.meta_path.append(Finder())
     import open_clip  # noqa: F401
     import timm  # noqa: F401
@@ -179,9 +195,17 @@ def record(name: str, config: dict[str, Any]) -> int:
         image = model.encode_image(normal, normalize=True)
         text = model.encode_text(ids, normalize=True)
         logits = model.get_logits(normal, ids)[0]
-    tensors = {f"weights/{key}": value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()}
+    tensors = {
+        f"weights/{key}": value.half() if value.is_floating_point() else value
+        for key, value in model.state_dict().items()
+    }
     tensors |= {"pixels": pixels, "ids": ids.short(), "image": image, "text": text, "logits": logits}
-    picture = {"mean": mean, "std": std, "interpolation": "bicubic", "resize_mode": "squash" if siglip else "shortest"}
+    picture = {
+        "mean": mean,
+        "std": std,
+        "interpolation": "bicubic",
+        "resize_mode": "squash" if siglip else "shortest",
+    }
     whole = {"model_cfg": config, "preprocess_cfg": picture}
     about = {"peer": f"open_clip {open_clip.__version__}, torch {torch.__version__}"}
     if siglip:
@@ -189,7 +213,11 @@ def record(name: str, config: dict[str, Any]) -> int:
 
         about["peer"] += f", timm {timm.__version__}"
     path = RECORD / f"open_clip-{name}.safetensors"
-    save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata={**about, "config": json.dumps(whole)})
+    save_file(
+        {key: value.contiguous() for key, value in tensors.items()},
+        path,
+        metadata={**about, "config": json.dumps(whole)},
+    )
     path.chmod(0o644)
     return path.stat().st_size
 

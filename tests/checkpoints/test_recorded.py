@@ -1,4 +1,4 @@
-"""Against open_clip: what it answered on small random models, recorded by benchmarks/record_checkpoints.py."""
+"""Against open_clip: what it answered on small random models (see benchmarks/record_checkpoints.py)."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ def test_there_are_records() -> None:
 
 def test_towers_and_logits_equal_open_clip(record: Record) -> None:
     found = record.differences(clipworks.load(record.folder, tokenizer=False))
-    assert found["image"] < TOLERANCE and found["text"] < TOLERANCE and found["logits"] < 20 * TOLERANCE, found
+    assert found["image"] < TOLERANCE and found["text"] < TOLERANCE and found["logits"] < 20 * TOLERANCE, (
+        found
+    )
 
 
 def test_the_record_tells_activations_apart(record: Record) -> None:
@@ -85,7 +87,9 @@ def test_weights_come_back_bit_for_bit_in_open_clips_names(record: Record, tmp_p
     layout = layouts.recognize(record.weights, "record")
     written = rules.write(layouts.rules(layout, clip.config), clip.state_dict())
     assert written.keys() == record.weights.keys()
-    assert all(torch.equal(written[name], tensor.to(written[name].dtype)) for name, tensor in record.weights.items())
+    assert all(
+        torch.equal(written[name], tensor.to(written[name].dtype)) for name, tensor in record.weights.items()
+    )
 
 
 def test_a_training_checkpoint_with_prefixes_is_read_the_same(record: Record, tmp_path: Path) -> None:
@@ -97,7 +101,9 @@ def test_a_training_checkpoint_with_prefixes_is_read_the_same(record: Record, tm
     assert max(found["image"], found["text"]) < TOLERANCE
 
 
-def test_a_config_that_names_the_other_activation_is_believed_but_not_against_the_caller(record: Record) -> None:
+def test_a_config_that_names_the_other_activation_is_believed_but_not_against_the_caller(
+    record: Record,
+) -> None:
     if record.config["model_cfg"]["vision_cfg"].get("timm_model_name"):
         pytest.skip("timm's towers have their activation by name")
     quick = record.config["model_cfg"].get("quick_gelu", False)

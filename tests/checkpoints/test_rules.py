@@ -141,7 +141,9 @@ def test_a_layout_without_place_for_an_architecture_says_so() -> None:
             list(layouts.rules(layout, config))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("prefix", ["module.", "module.module.", "_orig_mod.", "module._orig_mod.", "model.", "module.clip."])
+@pytest.mark.parametrize(
+    "prefix", ["module.", "module.module.", "_orig_mod.", "module._orig_mod.", "model.", "module.clip."]
+)
 def test_prefixes_of_wrappers_are_taken_off(prefix: str) -> None:
     names = ("logit_scale", "visual.module_list.weight", "visual.conv1.weight", "positional_embedding")
     weights = {f"{prefix}{name}": torch.zeros(1) for name in names}
@@ -164,6 +166,11 @@ def test_unknown_names_are_said_to_be_so() -> None:
 def test_two_sources_that_disagree_are_both_named() -> None:
     from clipworks.checkpoints.settings import Settings
 
-    stated = [Stated("one.json", Settings(activation="gelu")), Stated("two.json", Settings(activation="quick_gelu"))]
-    with pytest.raises(CheckpointError, match=r"activation is gelu in one\.json, but quick_gelu in two\.json"):
+    stated = [
+        Stated("one.json", Settings(activation="gelu")),
+        Stated("two.json", Settings(activation="quick_gelu")),
+    ]
+    with pytest.raises(
+        CheckpointError, match=r"activation is gelu in one\.json, but quick_gelu in two\.json"
+    ):
         merged(stated, "file")

@@ -22,19 +22,49 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 TOLERANCE = 1e-5
-TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64,
-        "max_position_embeddings": 12, "eos_token_id": 63, "bos_token_id": 62}  # fmt: skip
-VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32,
-          "patch_size": 8}  # fmt: skip
-PROCESSOR = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "size": {"shortest_edge": 32}, "crop_size": 32}
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 64,
+    "max_position_embeddings": 12,
+    "eos_token_id": 63,
+    "bos_token_id": 62,
+}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
+PROCESSOR = {
+    "image_mean": [0.5, 0.4, 0.3],
+    "image_std": [0.2, 0.3, 0.4],
+    "size": {"shortest_edge": 32},
+    "crop_size": 32,
+}
 CLIPS: dict[str, dict[str, Any]] = {
     "plain": {},
     "gelu": {"text": {"hidden_act": "gelu"}, "vision": {"hidden_act": "gelu"}},
     "one activation a tower": {"text": {"hidden_act": "gelu_new"}, "vision": {"hidden_act": "quick_gelu"}},
     "the end is the largest id": {"text": {"eos_token_id": 2}},
     "odd geometry": {
-        "text": {"num_hidden_layers": 3, "intermediate_size": 40, "hidden_size": 24, "num_attention_heads": 3},
-        "vision": {"num_hidden_layers": 1, "intermediate_size": 100, "hidden_size": 40, "num_attention_heads": 5, "patch_size": 16},
+        "text": {
+            "num_hidden_layers": 3,
+            "intermediate_size": 40,
+            "hidden_size": 24,
+            "num_attention_heads": 3,
+        },
+        "vision": {
+            "num_hidden_layers": 1,
+            "intermediate_size": 100,
+            "hidden_size": 40,
+            "num_attention_heads": 5,
+            "patch_size": 16,
+        },
         "projection_dim": 7,
     },
     "eps": {"text": {"layer_norm_eps": 1e-3}, "vision": {"layer_norm_eps": 1e-2}},
@@ -55,7 +85,10 @@ def theirs(kind: str, changes: dict[str, Any]) -> Any:
         "clip": (transformers.CLIPConfig, transformers.CLIPModel),
         "siglip": (transformers.SiglipConfig, transformers.SiglipModel),
     }[kind]
-    options = {"text_config": TEXT | changes.get("text", {}), "vision_config": VISION | changes.get("vision", {})}
+    options = {
+        "text_config": TEXT | changes.get("text", {}),
+        "vision_config": VISION | changes.get("vision", {}),
+    }
     if kind == "clip":
         options["projection_dim"] = changes.get("projection_dim", 16)
     model = model_class(config_class(**options)).eval()
@@ -161,7 +194,9 @@ def test_weights_go_round_through_every_tool_bit_for_bit(tmp_path: Path) -> None
     first = clip.save_open_clip(tmp_path / "open_clip")
     second = clipworks.load(first, tokenizer=False).save_pretrained_hf(tmp_path / "transformers")
     transformers.CLIPModel.from_pretrained(second).save_pretrained(tmp_path / "theirs")
-    (tmp_path / "theirs" / "preprocessor_config.json").write_bytes((second / "preprocessor_config.json").read_bytes())
+    (tmp_path / "theirs" / "preprocessor_config.json").write_bytes(
+        (second / "preprocessor_config.json").read_bytes()
+    )
     third = clipworks.load(tmp_path / "theirs", tokenizer=False).save(tmp_path / "own")
     back = clipworks.load(third, tokenizer=False)
     assert same_weights(back, clip)
@@ -198,7 +233,9 @@ def test_pictures_are_prepared_there_as_here(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("clean", ["clip", "lower", "none", "siglip"])
 def test_a_tokenizer_of_its_own_gives_the_same_ids_in_transformers(clean: str, tmp_path: Path) -> None:
-    made = train_tokenizer(["two dogs on a beach", "a photo of a cat", "don't stop 2024"] * 3, 300, context_length=12)
+    made = train_tokenizer(
+        ["two dogs on a beach", "a photo of a cat", "don't stop 2024"] * 3, 300, context_length=12
+    )
     made.save(tmp_path / "made")
     tokenizer = FileTokenizer(
         tmp_path / "made" / "tokenizer.json", context_length=12, start=made.start, end=made.end, clean=clean
@@ -226,8 +263,9 @@ def test_statistics_come_from_the_newer_kind_of_processor_too(tmp_path: Path) ->
 def test_defaults_of_the_format_hold_where_a_config_leaves_keys_out(tmp_path: Path) -> None:
     model = theirs("clip", {"text": {"layer_norm_eps": 1e-5}})
     write(model, tmp_path)
-    edit(tmp_path / "config.json", {"text_config.hidden_act": ..., "vision_config.hidden_act": ..., "vision_config.layer_norm_eps": ...})
+    edit(
+        tmp_path / "config.json",
+        {"text_config.hidden_act": ..., "vision_config.hidden_act": ..., "vision_config.layer_norm_eps": ...},
+    )
     clip = clipworks.load(tmp_path, tokenizer=False)
     assert difference(clip, model, "clip") < TOLERANCE and clip.config.image.activation == "quick_gelu"
-
-

@@ -46,7 +46,7 @@ def is_torchscript(path: Path) -> bool:
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], str | None]:
-    """Tensors (...) by dotted name, and the activation that the classes of the module tree name, if they do.
+    """Tensors of any shape by dotted name, and the activation that the module tree names, if it does.
 
     Raises:
         CheckpointError: if the file is damaged, or its pickle asks for more than tensors.

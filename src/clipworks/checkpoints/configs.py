@@ -26,40 +26,92 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_new": "gelu_tanh",
 }
 CLIP_VISION = {
-    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-    "num_channels": 3, "image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
-}  # fmt: skip
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
 CLIP_TEXT = {
-    "vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
-    "num_attention_heads": 8, "max_position_embeddings": 77, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "vocab_size": 49408,
+    "max_position_embeddings": 77,
     "eos_token_id": 49407,
-}  # fmt: skip
-SIGLIP_VISION = CLIP_VISION | {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
-SIGLIP_TEXT = CLIP_TEXT | {
-    "vocab_size": 32000, "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12,
-    "max_position_embeddings": 64, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
-}  # fmt: skip
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+_TANH = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+SIGLIP_VISION = CLIP_VISION | _TANH | {"patch_size": 16}
+SIGLIP_TEXT = (
+    CLIP_TEXT
+    | _TANH
+    | {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_attention_heads": 12,
+        "vocab_size": 32000,
+        "max_position_embeddings": 64,
+    }
+)
 DEFAULTS = {"clip": (CLIP_VISION, CLIP_TEXT), "siglip": (SIGLIP_VISION, SIGLIP_TEXT)}
 # What Pillow numbers its filters by.
 RESAMPLE = {2: "bilinear", 3: "bicubic"}
 
 # Of open_clip's options, those that change nothing at inference, and the only values known of the others.
 OPEN_CLIP_IDLE = frozenset(
-    "patch_dropout output_tokens timm_model_pretrained timm_drop timm_drop_path hf_model_pretrained "
-    "attn_pooler_queries attn_pooler_heads hf_proj_type hf_pooler_type timm_proj_bias pad_id eos_id".split()
+    [
+        "patch_dropout",
+        "output_tokens",
+        "timm_model_pretrained",
+        "timm_drop",
+        "timm_drop_path",
+        "hf_model_pretrained",
+        "attn_pooler_queries",
+        "attn_pooler_heads",
+        "hf_proj_type",
+        "hf_pooler_type",
+        "timm_proj_bias",
+        "pad_id",
+        "eos_id",
+    ]
 )
+_OFF: dict[str, tuple[Any, ...]] = dict.fromkeys(
+    [
+        "final_ln_after_pool",
+        "qk_norm",
+        "scaled_cosine_attn",
+        "scale_heads",
+        "scale_attn_inner",
+        "scale_attn",
+        "scale_fc",
+    ],
+    (False,),
+)
+_NONE: dict[str, tuple[Any, ...]] = {"ls_init_value": (None,), "block_type": (None, "default")}
 OPEN_CLIP_VISION: dict[str, tuple[Any, ...]] = {
-    "ls_init_value": (None,), "attentional_pool": (False,), "no_ln_pre": (False,), "pos_embed_type": ("learnable",),
-    "final_ln_after_pool": (False,), "pool_type": ("tok",), "act_kwargs": (None, {}), "block_type": (None, "default"),
-    "qk_norm": (False,), "scaled_cosine_attn": (False,), "scale_heads": (False,), "scale_attn_inner": (False,),
-    "scale_attn": (False,), "scale_fc": (False,),
-}  # fmt: skip
+    **_OFF,
+    **_NONE,
+    "attentional_pool": (False,),
+    "no_ln_pre": (False,),
+    "pos_embed_type": ("learnable",),
+    "pool_type": ("tok",),
+    "act_kwargs": (None, {}),
+}
 OPEN_CLIP_TEXT: dict[str, tuple[Any, ...]] = {
-    "ls_init_value": (None,), "embed_cls": (False,), "final_ln_after_pool": (False,), "proj_type": ("linear",),
-    "hf_model_name": (None, ""), "tokenizer_mode": (None, ""), "block_type": (None, "default"), "qk_norm": (False,),
-    "scaled_cosine_attn": (False,), "scale_heads": (False,), "scale_attn_inner": (False,), "scale_attn": (False,),
-    "scale_fc": (False,),
-}  # fmt: skip
+    **_OFF,
+    **_NONE,
+    "embed_cls": (False,),
+    "proj_type": ("linear",),
+    "hf_model_name": (None, ""),
+    "tokenizer_mode": (None, ""),
+}
 # timm's SigLIP towers: heads, and their activation as timm defines them (the name alone decides it there).
 TIMM = {"base": 12, "large": 16, "so400m": 16, "giantopt": 16}
 TIMM_TANH = ("vit_base_patch32_siglip", "vit_giantopt_patch16_siglip")
@@ -121,9 +173,9 @@ def transformers(folder: Path) -> list[Stated]:
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).is_file():
             values = read_json(folder / name)
-            values = values.get("image_processor", values if name.startswith("pre") else None)
-            if isinstance(values, dict):
-                return [*stated, _processor(values, folder / name)]
+            inner = values.get("image_processor", values if name.startswith("pre") else None)
+            if isinstance(inner, dict):
+                return [*stated, _processor(inner, folder / name)]
     return stated
 
 
@@ -252,15 +304,48 @@ def open_clip(path: Path) -> Stated:
 
 
 MODEL_KEYS = frozenset(
-    "embed_dim vision_cfg text_cfg quick_gelu init_logit_scale init_logit_bias nonscalar_logit_scale custom_text "
-    "output_dict".split()
+    [
+        "embed_dim",
+        "vision_cfg",
+        "text_cfg",
+        "quick_gelu",
+        "init_logit_scale",
+        "init_logit_bias",
+        "nonscalar_logit_scale",
+        "custom_text",
+        "output_dict",
+    ]
 )
 VISION_KEYS = frozenset(
-    "layers width head_width mlp_ratio patch_size image_size norm_kwargs timm_model_name timm_pool timm_proj".split()
+    [
+        "layers",
+        "width",
+        "head_width",
+        "mlp_ratio",
+        "patch_size",
+        "image_size",
+        "norm_kwargs",
+        "timm_model_name",
+        "timm_pool",
+        "timm_proj",
+    ]
 )
 TEXT_KEYS = frozenset(
-    "context_length vocab_size hf_tokenizer_name tokenizer_kwargs width heads layers mlp_ratio no_causal_mask pool_type "
-    "proj_bias act_kwargs norm_kwargs".split()
+    [
+        "context_length",
+        "vocab_size",
+        "hf_tokenizer_name",
+        "tokenizer_kwargs",
+        "width",
+        "heads",
+        "layers",
+        "mlp_ratio",
+        "no_causal_mask",
+        "pool_type",
+        "proj_bias",
+        "act_kwargs",
+        "norm_kwargs",
+    ]
 )
 
 

@@ -44,8 +44,9 @@ def to_transformers(clip: Clip, folder: Path) -> Path:
     expected = (text.mask, text.projection, config.sigmoid)
     if expected != (("none", "biased", True) if siglip else ("causal", "linear", False)):
         raise CheckpointError(
-            f"{folder}: transformers has no model with {image.pooling} pooling whose text tower has the mask {text.mask} "
-            f"and a {text.projection} projection, {'with' if config.sigmoid else 'without'} a bias of the logits"
+            f"{folder}: transformers has no model with {image.pooling} pooling, a text tower of mask "
+            f"{text.mask} and {text.projection} projection, and logits "
+            f"{'with' if config.sigmoid else 'without'} bias"
         )
     if not siglip and image.patch_bias:
         raise CheckpointError(f"{folder}: transformers' CLIPModel has patches without a bias")
@@ -103,7 +104,8 @@ def _uniform(tower: VisionConfig | TextConfig, what: str) -> BlockConfig:
     first = tower.blocks[0] if tower.blocks else None
     if first is None or set(tower.blocks) != {first} or first.heads * first.head_width != tower.width:
         raise CheckpointError(
-            f"the blocks of the {what} tower differ, or their heads do not make up its width: no other tool has such a tower"
+            f"the blocks of the {what} tower differ, or their heads do not make up its width: "
+            "no other tool has such a tower"
         )
     return first
 
@@ -138,7 +140,8 @@ def _transformers_config(config: Config, image: VisionConfig, tokenizer: Any) ->
         "layer_norm_eps": text.norm_eps,
         "attention_dropout": 0.0,
         "bos_token_id": start,
-        # 2 is how transformers is told to read a text at its largest id; without a tokenizer nothing better is known.
+        # 2 is how transformers is told to read a text at its largest id; without a tokenizer nothing better
+        # is known.
         "eos_token_id": end if end is not None else 2,
         "pad_token_id": pad,
     }
@@ -209,7 +212,7 @@ def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def _tokenizer_content(tokenizer: FileTokenizer) -> tuple[dict[str, Any], dict[str, str]]:
-    """A `tokenizer.json` that adds start and end and cleans by itself, and the names of its special tokens."""
+    """A `tokenizer.json` that adds start and end and cleans by itself, and its special tokens by name."""
     from tempfile import TemporaryDirectory
 
     from clipworks.core.tokenizer import FILE
@@ -228,9 +231,7 @@ def _tokenizer_content(tokenizer: FileTokenizer) -> tuple[dict[str, Any], dict[s
         if i is not None
     }
     sequence = {"Sequence": {"id": "A", "type_id": 0}}
-    around = [special[name] if name in special else None for name in ("bos_token", "eos_token")]
-    if tokenizer.start is None:
-        around[0] = None
+    around = [special.get(name) for name in ("bos_token", "eos_token")]
     before, behind = ([{"SpecialToken": {"id": one, "type_id": 0}}] if one else [] for one in around)
     ids = {
         one: {"id": one, "ids": [vocabulary.token_ids(content)[one]], "tokens": [one]}
@@ -251,7 +252,7 @@ def _tokenizer_content(tokenizer: FileTokenizer) -> tuple[dict[str, Any], dict[s
 
 
 def _normalizer(clean: str, inner: Any) -> Any:
-    """What `clean` does to a text, as rules of the tokenizers library; the repair of broken text has none there."""
+    """What `clean` does to a text, as rules of the tokenizers library, which has none for broken text."""
     steps: list[dict[str, Any]] = []
     if clean == "siglip":
         steps += [
@@ -290,7 +291,7 @@ def _open_clip_model(config: Config, tokenizer: Any, folder: Path) -> dict[str, 
         text_cfg["no_causal_mask"] = True
     elif text.mask != "causal" or text.projection == "none":
         raise CheckpointError(
-            f"{folder}: open_clip has no text tower with the mask {text.mask} and projection {text.projection}"
+            f"{folder}: open_clip has no text tower with mask {text.mask} and projection {text.projection}"
         )
     if isinstance(tokenizer, FileTokenizer):
         text_cfg |= _open_clip_words(tokenizer, folder)
@@ -299,11 +300,13 @@ def _open_clip_model(config: Config, tokenizer: Any, folder: Path) -> dict[str, 
         model["quick_gelu"] = True
     if config.sigmoid:
         model["init_logit_bias"] = -10
-    model["vision_cfg"] = vision = {"image_size": image.image_size}
+    vision: dict[str, Any] = {"image_size": image.image_size}
+    model["vision_cfg"] = vision
     if isinstance(image, ResNetConfig):
         if image.heads != image.width // 2:
             raise CheckpointError(
-                f"{folder}: open_clip's ResNet of width {image.width} has {image.width // 2} heads, not {image.heads}"
+                f"{folder}: open_clip's ResNet of width {image.width} has {image.width // 2} heads, "
+                f"not {image.heads}"
             )
         return model | {
             "vision_cfg": vision | {"layers": list(image.layers), "width": image.width, "patch_size": None}
@@ -339,8 +342,8 @@ def _timm(image: VisionConfig, folder: Path) -> dict[str, Any]:
     activation = "gelu_tanh" if name.startswith(TIMM_TANH) else "gelu"
     if not kind or block.heads != TIMM[kind] or image.activation != activation:
         raise CheckpointError(
-            f"{folder}: open_clip takes SigLIP's image tower from timm, which has none of width {image.width} with "
-            f"{block.heads} heads and {image.activation}"
+            f"{folder}: open_clip takes SigLIP's tower from timm, which has none of width {image.width} "
+            f"with {block.heads} heads and {image.activation}"
         )
     return {"timm_model_name": name, "timm_model_pretrained": False, "timm_pool": "map", "timm_proj": "none"}
 

@@ -58,7 +58,7 @@ def read(path: Path) -> Contents:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors (...) of a safetensors file.
+    """All tensors, of any shape, of a safetensors file.
 
     Raises:
         CheckpointError: if the file is missing, truncated or not of this format.
@@ -127,13 +127,15 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 def _read_pickled(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about a newer pickle protocol; what fails, fails below
+            warnings.simplefilter(
+                "ignore", UserWarning
+            )  # about a newer pickle protocol; what fails, fails below
             # Mapped files need not fit into memory twice; only the older format cannot be mapped.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: holds more than tensors, or is damaged, and is not unpickled for that reason ({_line(error)}); "
-            "a file of one's own can be saved again as torch.save(model.state_dict(), …)"
+            f"{path}: holds more than tensors, or is damaged, and is not unpickled for that reason "
+            f"({_line(error)}); a file of one's own can be saved again as torch.save(model.state_dict(), …)"
         ) from error
     except (
         OSError,

@@ -15,13 +15,13 @@ from typing import Literal
 
 from clipworks.checkpoints import configs, files, layouts, own, rules, vocabulary
 from clipworks.checkpoints.geometry import facts, geometry
-from clipworks.checkpoints.settings import Stated, check_claims, merged
+from clipworks.checkpoints.settings import Settings, Stated, check_claims, merged
 from clipworks.core.clip import Clip
-from clipworks.core.tokenizer import Tokenizer
+from clipworks.core.tokenizer import SETTINGS, Tokenizer
 from clipworks.errors import CheckpointError
 
 OPEN_CLIP, TRANSFORMERS = "open_clip_config.json", "config.json"
-# By config, the files of weights in the order in which they are preferred: never a pickle if there is another.
+# By config, the files of weights, the preferred ones first: never a pickle if there is another.
 WEIGHTS = {
     OPEN_CLIP: (
         "open_clip_model.safetensors",
@@ -39,7 +39,7 @@ WEIGHTS = {
 SIDE_FILES = (
     *(OPEN_CLIP, TRANSFORMERS, "preprocessor_config.json", "processor_config.json", "tokenizer.json"),
     *("tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"),
-    *(own.PREPROCESSING, own.SETTINGS),
+    *(own.PREPROCESSING, SETTINGS),
 )
 
 
@@ -158,5 +158,5 @@ def read_config(folder: Path, name: str) -> list[Stated]:
         raise CheckpointError(f"{folder / name}: a value of the wrong kind ({error})") from error
 
 
-def _archive_settings(activation: str) -> configs.Settings:
-    return configs.Settings(activation=activation, text_activation=activation)  # type: ignore[arg-type]
+def _archive_settings(activation: str) -> Settings:
+    return Settings(activation=activation, text_activation=activation)  # type: ignore[arg-type]

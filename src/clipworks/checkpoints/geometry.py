@@ -32,7 +32,7 @@ HEADS = "into how many heads it is cut"
 def geometry(
     layout: Layout, weights: Mapping[str, Tensor], settings: Settings, source: str, name: str = ""
 ) -> Config:
-    """The Config of cleaned weights (...); its tokenizer is left at the default.
+    """The Config of cleaned weights of any shape; its tokenizer is left at the default.
 
     Raises:
         CheckpointError: naming the tensor whose shape contradicts another, or what nobody said.
@@ -80,8 +80,9 @@ def check_complete(settings: Settings, layout: Layout, shapes: Shapes) -> None:
         arguments.append("heads=(image, text)")
     if missing:
         raise CheckpointError(
-            f"{shapes.source}: the file does not say {', '.join(missing)}, and a wrong guess gives wrong answers without "
-            f'an error: pass like="NAME", a known model whose settings it shares, or {", ".join(arguments)}'
+            f"{shapes.source}: the file does not say {', '.join(missing)}, and a wrong guess gives wrong "
+            'answers without an error: pass like="NAME", a known model whose settings it shares, or '
+            f"{', '.join(arguments)}"
         )
 
 

@@ -6,8 +6,9 @@ Offline (`HF_HUB_OFFLINE=1`, or without a connection) the cache answers. What go
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from clipworks.errors import CheckpointError, ModelNotFound, nearest
 
@@ -32,12 +33,8 @@ def download(repository: str, names: Iterable[str], revision: str | None = None)
     for name in names:
         try:
             return Path(
-                _ask(
-                    repository,
-                    revision,
-                    lambda name=name: hf_hub_download(repository, name, revision=revision),
-                )
-            )  # type: ignore[misc]
+                _ask(repository, revision, partial(hf_hub_download, repository, name, revision=revision))
+            )
         except (LocalEntryNotFoundError, _Unanswered) as error:
             if name == names[-1]:
                 raise _unreachable(repository, name, error) from error
@@ -57,7 +54,7 @@ def listing(repository: str, revision: str | None = None) -> list[str]:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        found = _ask(repository, revision, lambda: HfApi().model_info(repository, revision=revision))
+        found = _ask(repository, revision, partial(HfApi().model_info, repository, revision=revision))
         return sorted(one.rfilename for one in found.siblings or [])
     except _Unanswered as error:
         try:
@@ -87,6 +84,8 @@ def _ask(repository: str, revision: str | None, question: Callable[[], T]) -> T:
         RevisionNotFoundError,
     )
 
+    # The base of all errors of whichever HTTP client the hub's library was built on.
+    client_error: Any = HfHubHTTPError.__bases__[0]
     try:
         return question()
     except EntryNotFoundError:
@@ -105,10 +104,7 @@ def _ask(repository: str, revision: str | None, question: Callable[[], T]) -> T:
         raise CheckpointError(
             f"{_label(repository, revision)}: {' '.join(str(error).split())[:160]}"
         ) from error
-    except (
-        OSError,
-        HfHubHTTPError.__bases__[0],
-    ) as error:  # of whichever client the hub's library was built on
+    except (OSError, client_error) as error:
         raise _Unanswered(f"{type(error).__name__}: {error}") from error
 
 
@@ -116,8 +112,8 @@ def _unknown(repository: str) -> ModelNotFound:
     from clipworks.checkpoints.known import MODELS
 
     return ModelNotFound(
-        f"no model {repository!r}: neither a known name, nor a file or folder here, nor a repository of the hub that "
-        f"can be read{nearest(repository, MODELS)}"
+        f"no model {repository!r}: neither a known name, nor a file or folder here, nor a repository of the "
+        f"hub that can be read{nearest(repository, MODELS)}"
     )
 
 

@@ -1,8 +1,8 @@
 """The models that are known by name: where their weights are, and what the weights cannot say.
 
 Names are those of open_clip, `ARCHITECTURE/TAG`. Repositories, activations and statistics were taken from
-open_clip 3.3 (`pretrained.py` and its model configs) and the nine SHA-256 sums from OpenAI's addresses. Nothing
-here imports torch, so that the list can be shown at once.
+open_clip 3.3 (`pretrained.py` and its model configs) and the nine SHA-256 sums from OpenAI's addresses.
+Nothing here imports torch, so that the list can be shown at once.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Known:
         config: everything about it.
         words: how its texts become ids.
         sha256: of the archive that OpenAI published; "" for others.
-        file: the file of weights in the repository; of open_clip's older files, `OLDER_WEIGHTS` is tried next.
+        file: the file of weights in the repository; `OLDER_WEIGHTS` is tried next.
     """
 
     name: str
@@ -215,6 +215,7 @@ ViT-B-16/datacomp_xl_s13b_b90k  laion/CLIP-ViT-B-16-DataComp.XL-s13B-b90K
 ViT-L-14/datacomp_xl_s13b_b90k  laion/CLIP-ViT-L-14-DataComp.XL-s13B-b90K
 ViT-H-14/metaclip_altogether    timm/vit_huge_patch14_clip_224.metaclip_altogether
 """
+_LISTS: tuple[tuple[str, Activation], ...] = ((_QUICK, "quick_gelu"), (_GELU, "gelu"))
 # The one of these that was trained with other statistics.
 _HALF = ("ViT-L-14/laion2b_s32b_b82k",)
 _SHA256 = {
@@ -243,9 +244,9 @@ def _known(name: str, repository: str, activation: Activation) -> Known:
 
 def _table() -> dict[str, Known]:
     found = [
-        _known(*line.split(), activation)
-        for lines, activation in ((_QUICK, "quick_gelu"), (_GELU, "gelu"))
-        for line in lines.strip().splitlines()
+        _known(name, repository, activation)
+        for lines, activation in _LISTS
+        for name, repository in (line.split() for line in lines.strip().splitlines())
     ]
     found += [
         Known(

@@ -36,7 +36,7 @@ IGNORED = re.compile(
 
 
 def recognize(names: Mapping[str, Tensor], source: str) -> Layout:
-    """The layout of a file by the names in it.
+    """The layout of a file by the names in it (its tensors may have any shape).
 
     Raises:
         CheckpointError: if it is none of these.
@@ -56,7 +56,7 @@ def recognize(names: Mapping[str, Tensor], source: str) -> Layout:
 
 
 def clean(weights: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Weights (...) without the prefixes of wrappers (`module.`, `_orig_mod.`) and without what is no weight.
+    """Weights of any shape, without the prefixes of wrappers (`module.`) and without what is no weight.
 
     Raises:
         CheckpointError: if two names become one.

@@ -32,7 +32,7 @@ OPSET = 18
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: the files, and the largest difference from torch that onnxruntime showed on each tower."""
+    """What was written, and the largest difference from torch that onnxruntime showed on each tower."""
 
     image: Path
     text: Path
@@ -96,12 +96,12 @@ def export(clip: Clip, folder: Path, *, batch: int = 3) -> Exported:
         )
     finally:
         clip.to(device).train(was_training)
-    bias = None if clip.bias is None else float(clip.bias)
+    bias = None if clip.bias is None else float(clip.bias.detach())
     write_json(
         {
             "name": config.name,
             "logits": "exp(scale) * image_features @ text_features.T + (bias or 0)",
-            "scale": float(clip.scale),
+            "scale": float(clip.scale.detach()),
             "bias": bias,
             "image_size": side,
             "context_length": length,
@@ -132,7 +132,7 @@ def _export(module: nn.Module, inputs: Mapping[str, Tensor], path: Path) -> Path
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's remarks (on versions of its operators, on libraries that are not there) to itself."""
+    """Let the exporter keep its remarks (on versions of operators, on absent libraries) to itself."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -156,7 +156,8 @@ def check_tokenizer(config: Config, tokenizer: Tokenizer, source: str) -> None:
     # Tables are often filled up to a multiple of 64 or 128; a larger gap is another vocabulary.
     if spare < 0 or spare >= 128:
         raise CheckpointError(
-            f"{source}: a tokenizer of {ids} ids does not belong to a text tower with vectors for {text.vocab_size}"
+            f"{source}: a tokenizer of {ids} ids does not belong to a text tower with vectors for "
+            f"{text.vocab_size}"
         )
     if tokenizer.context_length > text.context_length:
         raise CheckpointError(
@@ -164,8 +165,8 @@ def check_tokenizer(config: Config, tokenizer: Tokenizer, source: str) -> None:
         )
     if text.mask == "none" and not (tokenizer.pad_full and tokenizer.context_length == text.context_length):
         raise CheckpointError(
-            f"{source}: this text tower sees its padding, so texts must be filled up to {text.context_length} tokens, "
-            "which this tokenizer does not do"
+            f"{source}: this text tower sees its padding, so texts must be filled up to "
+            f"{text.context_length} tokens, which this tokenizer does not do"
         )
 
 
@@ -186,7 +187,7 @@ def build(
     tokenizer: Tokenizer | None = None,
     preprocessing: Preprocessing | None = None,
 ) -> Clip:
-    """A Clip of these weights (...), which are copied; names and shapes must be exactly its own.
+    """A Clip of these weights of any shape, which are copied; names and shapes must be exactly its own.
 
     Raises:
         CheckpointError: for the first tensor that is missing, left over, of another shape or not finite.
@@ -201,7 +202,7 @@ def build(
 
 
 def check(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: str) -> None:
-    """Weights (...) must have the names and shapes of `own`, and be finite.
+    """Weights, of any shape, must have the names and shapes of `own`, and be finite.
 
     Raises:
         CheckpointError: naming the first that is missing, left over, of another shape or not finite.
@@ -222,7 +223,7 @@ def check(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: str)
 
 
 def write_safetensors(weights: Mapping[str, Tensor], path: Path, format: str) -> None:
-    """Write tensors (...) so that the file is there whole or not at all."""
+    """Write tensors of any shape so that the file is there whole or not at all."""
     from safetensors.torch import save_file
 
     partial = path.with_name(f".{path.name}.partial")

@@ -29,7 +29,7 @@ class Rule:
         change: `same`; `transposed` (a matrix lies the other way round); `leading` (theirs has leading
             dimensions of one that ours has not, as many as `ones`).
         ones: how many, for `leading`.
-        shares: how ours is parted among several names, `(1, 2)` for a third and two thirds; empty for equally.
+        shares: how ours is parted among several names: `(1, 2)` for a third and two thirds, empty equally.
     """
 
     ours: str
@@ -62,7 +62,7 @@ def batch_norm(ours: str, theirs: str) -> Iterator[Rule]:
 def read(
     rules: Iterable[Rule], weights: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], source: str
 ) -> dict[str, Tensor]:
-    """Weights (...) under their names to weights under ours.
+    """Weights of any shape, from under their names to under ours.
 
     Args:
         shapes: the shape that each weight of ours must have.
@@ -99,7 +99,7 @@ def read(
 
 
 def write(rules: Iterable[Rule], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights (...) under our names to weights under theirs; the inverse of `read`."""
+    """Weights of any shape, from under our names to under theirs; the inverse of `read`."""
     theirs: dict[str, Tensor] = {}
     for one in rules:
         tensor = weights[one.ours]

@@ -127,7 +127,8 @@ def from_caller(
             )
         except (KeyError, TypeError, ValueError):
             raise ConfigError(
-                f'statistics must be "clip", "half" or a mean and a deviation of three numbers each, not {statistics!r}'
+                'statistics must be "clip", "half" or a mean and a deviation of three numbers each, '
+                f"not {statistics!r}"
             ) from None
     if heads is not None and (len(heads) != 2 or min(heads) < 1):
         raise ConfigError(

@@ -1,8 +1,8 @@
 """The tokenizer that belongs to foreign weights: found beside them, and compared with them.
 
-A folder may hold CLIP's vocabulary in one of two spellings (`tokenizer.json`; `vocab.json` with `merges.txt`),
-which becomes our own `ClipTokenizer`, or another `tokenizer.json`, which is run as it is. A tokenizer that
-does not fit the weights is an error: ids of another vocabulary give wrong answers without one.
+A folder may hold CLIP's vocabulary in one of two spellings (`tokenizer.json`; `vocab.json` with
+`merges.txt`), which becomes our own `ClipTokenizer`, or another `tokenizer.json`, which is run as it is. A
+tokenizer that does not fit the weights is an error: ids of another vocabulary give wrong answers without one.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def choose(
         )
     if words is not None and words.end not in (None, ClipTokenizer.end):
         raise CheckpointError(
-            f"{source}: its texts end with id {words.end}, CLIP's vocabulary ends them with {ClipTokenizer.end}"
+            f"{source}: its texts end with id {words.end}, "
+            f"CLIP's vocabulary ends them with {ClipTokenizer.end}"
         )
     tokenizer = beside or ClipTokenizer(length)
     check_tokenizer(config, tokenizer, source)
@@ -74,7 +75,7 @@ def find(folder: Path, words: Words, length: int) -> Tokenizer | None:
     """The tokenizer in a folder, with texts of at most `length` tokens; None if there is none.
 
     Raises:
-        CheckpointError: for files that cannot be read, or that leave open how a text begins, ends or is filled up.
+        CheckpointError: for files that cannot be read, or leave open how a text ends or is filled up.
     """
     file, vocab, merges = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
     if file.is_file():
@@ -144,7 +145,8 @@ def _from_file(path: Path, content: Mapping[str, Any], words: Words, length: int
         raise CheckpointError(f"{path}: texts end with id {last}, the config says {words.end}")
     if words.largest and last != max(ids.values()):
         raise CheckpointError(
-            f"{path}: texts end with id {last}, but this model reads them at the largest id {max(ids.values())}"
+            f"{path}: texts end with id {last}, but this model reads them at the largest id, "
+            f"{max(ids.values())}"
         )
     try:
         return FileTokenizer(
@@ -196,7 +198,7 @@ def _around(processor: Any, path: Path) -> tuple[str | None, str | None]:
     if processor.get("type") == "Sequence":
         found = [_around(one, path) for one in processor.get("processors") or []]
         starts, ends = [start for start, _ in found if start], [end for _, end in found if end]
-        return (starts or [None])[0], (ends or [None])[0]
+        return next(iter(starts), None), next(iter(ends), None)
     if processor.get("type") in ("RobertaProcessing", "BertProcessing"):
         return processor["cls"][0], processor["sep"][0]
     before: list[str] = []
@@ -211,7 +213,7 @@ def _around(processor: Any, path: Path) -> tuple[str | None, str | None]:
         raise CheckpointError(
             f"{path}: puts {before} before and {behind} behind a text, which is not supported"
         )
-    return (before or [None])[0], (behind or [None])[0]
+    return next(iter(before), None), next(iter(behind), None)
 
 
 def _spelling(token: Any) -> str | None:

@@ -48,7 +48,7 @@ class Model:
 
 
 def models() -> list[Model]:
-    """All models that can be loaded by name; repositories of the hub, files and folders can be loaded besides."""
+    """All models that can be loaded by name, besides repositories of the hub, files and folders."""
     listed = [_seedling()]
     for known in MODELS.values():
         count = parameters(known.config)
@@ -79,8 +79,8 @@ def load(
     """A Clip by name, from the hub, from a file or from a folder; in evaluation mode, fp32, on the CPU.
 
     What a file does not say is not guessed, and what two sources say differently is an error: a wrong
-    activation, mean or vocabulary gives plausible numbers and wrong answers. The arguments below `like` are for
-    files that come without a config.
+    activation, mean or vocabulary gives plausible numbers and wrong answers. The arguments below `like` are
+    for files that come without a config.
 
     Args:
         name: `seedling`, a name of `clipworks models`, a repository of the hub, a file or a folder.
@@ -202,7 +202,7 @@ def _fetch(repository: str, revision: str | None) -> Place:
         chosen = foreign.first_of(weights, there) if config in there else None
         if chosen is None:
             continue
-        # Asked for by its revision, the first file tells the cache which commit that is; the others are of that commit.
+        # Asked for by its revision, the first file tells the cache which commit that is; the rest are of it.
         folder = hub.download(repository, (config,), revision).parent
         for name in foreign.SIDE_FILES:
             if name in there:
