@@ -27,14 +27,17 @@ def resnet() -> Clip:
     return lively(Clip.from_config(replace(small().config, image=ResNetConfig(64, (1, 1, 1, 1), 4, 2))), 0)
 
 
-@pytest.mark.parametrize("make", [small, small_siglip, resnet])
+SLOW = [pytest.param(make, marks=pytest.mark.slow) for make in (small_siglip, resnet)]
+
+
+@pytest.mark.parametrize("make", [small, *SLOW])
 def test_onnxruntime_gives_the_towers_vectors_for_any_batch(make: Any, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    from clipworks.checkpoints.onnx import export
+    from clipworks.checkpoints import onnx
 
     clip = make().train()
-    done = export(clip, tmp_path)
+    done = onnx.export(clip, tmp_path)
     assert max(done.image_difference, done.text_difference) < 1e-4 and clip.training
     clip.eval()
     side = clip.config.image.image_size
@@ -54,18 +57,9 @@ def test_onnxruntime_gives_the_towers_vectors_for_any_batch(make: Any, tmp_path:
             assert float((torch.from_numpy(found) - expected).abs().max()) < 1e-4
     about = json.loads((tmp_path / "clip.json").read_text())
     assert about["image_size"] == side and about["scale"] == pytest.approx(clip.scale.item())
-
-
-def test_an_export_that_answers_otherwise_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    from clipworks.checkpoints import onnx
-
-    monkeypatch.setattr(onnx, "TOLERANCE", 0.0)
+    # The comparison that `export` makes would notice other weights.
     with pytest.raises(CheckpointError, match="differ from torch's"):
-        onnx.export(small(), tmp_path)
+        onnx._compare(onnx._Image(lively(make(), seed=9)), done.image, [{"pixels": pixels}])
 
 
 def test_what_another_tool_has_no_place_for_is_an_error(tmp_path: Path) -> None:
@@ -138,17 +132,20 @@ def test_open_clip_loads_what_is_written_for_it_and_agrees(make: Any, tmp_path: 
     assert max(json.loads(done.stdout.splitlines()[-1])) < 1e-5
 
 
-def test_the_command_writes_every_kind(tmp_path: Path) -> None:
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
+def test_the_command_writes_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from clipworks.checkpoints import onnx
+
+    def export(clip: Clip, folder: Path) -> onnx.Exported:  # the test above runs the real one
+        return onnx.Exported(folder / "image.onnx", folder / "text.onnx", 1e-7, 2e-7)
+
+    monkeypatch.setattr(onnx, "export", export)
     model = small().save(tmp_path / "model")
     places = {kind: tmp_path / kind for kind in ("onnx", "transformers", "open-clip", "folder")}
     options = [word for kind, place in places.items() for word in (f"--{kind}", str(place))]
     done = CliRunner().invoke(app, ["export", str(model), *options, "--json"])
     assert done.exit_code == 0, done.output
     said = json.loads(done.stdout)
-    assert said["difference"] < 1e-4 and said["onnx"] == str(places["onnx"])
-    assert (places["onnx"] / "text.onnx").is_file()
+    assert said["difference"] == 2e-7 and said["onnx"] == str(places["onnx"])
     for kind in ("transformers", "open-clip", "folder"):
         assert same_weights(clipworks.load(places[kind], tokenizer=False), small())
 

@@ -11,17 +11,18 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import constants
+from safetensors.torch import save_file
 from tests.checkpoints.conftest import openai_weights, same_weights, small, small_siglip
 from tests.checkpoints.hub_server import Hub, serve
 
 import clipworks
 from clipworks.checkpoints import hub as ours
-from clipworks.checkpoints import known, own, zoo
+from clipworks.checkpoints import known, layouts, own, rules, zoo
 from clipworks.checkpoints.configs import open_clip
 from clipworks.checkpoints.settings import HALF
 from clipworks.core.config import VisionConfig
 from clipworks.core.tokenizer import FileTokenizer, train_tokenizer
-from clipworks.errors import CheckpointError, ModelNotFound
+from clipworks.errors import CheckpointError, ConfigError, ModelNotFound
 
 
 @pytest.fixture
@@ -131,6 +132,43 @@ def test_a_siglip_repository_brings_its_tokenizer(hub: Hub, tmp_path: Path) -> N
     texts = ["Two dogs!", "a cat, a beach"]
     assert torch.equal(read.tokenizer(texts).ids, tokenizer(texts).ids)
     assert torch.equal(read.embed_texts(texts), clip.embed_texts(texts))
+
+
+def test_a_known_siglip_brings_its_tokenizer_too(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = train_tokenizer(["two dogs on a beach", "a photo of a cat"] * 3, 300, context_length=12)
+    made.save(tmp_path / "made")
+    source = tmp_path / "made" / "tokenizer.json"
+    tokenizer = FileTokenizer(source, context_length=12, end=made.end, pad=0, pad_full=True, clean="siglip")
+    clip = small_siglip(vocabulary=tokenizer.vocab_size)
+    clip.tokenizer = tokenizer
+    # What transformers needs of the tokenizer, and the weights in open_clip's names.
+    folder = clip.save_pretrained_hf(tmp_path / "tiny")
+    weights = rules.write(layouts.rules("siglip", clip.config), clip.state_dict())
+    save_file(weights, folder / "open_clip_model.safetensors")
+    hub.add("timm/tiny", folder)
+    entry = replace(
+        known.MODELS["ViT-B-16-SigLIP/webli"], name="tiny/webli", repository="timm/tiny", config=clip.config
+    )
+    monkeypatch.setitem(known.MODELS, "tiny/webli", entry)
+    read = clipworks.load("tiny/webli")
+    texts = ["Two dogs!", "a cat, a beach"]
+    assert torch.equal(read.embed_texts(texts), clip.embed_texts(texts))
+    assert files_asked(hub) == {"open_clip_model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / file, tmp_path / file)
+    save_file(weights, tmp_path / "tuned.safetensors")
+    assert torch.equal(
+        clipworks.load(tmp_path / "tuned.safetensors", like="tiny/webli").embed_texts(texts),
+        read.embed_texts(texts),
+    )
+
+
+def test_a_revision_of_what_is_here_already_is_an_error(tmp_path: Path) -> None:
+    for name in (small().save(tmp_path / "model"), "seedling"):
+        with pytest.raises(ConfigError, match="revision='v1' is for repositories"):
+            clipworks.load(name, revision="v1")
 
 
 def test_a_revision_is_pinned(hub: Hub, tmp_path: Path) -> None:

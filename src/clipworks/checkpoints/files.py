@@ -33,7 +33,7 @@ NESTS = ("state_dict", "model_state_dict", "model")
 
 @dataclass(frozen=True)
 class Contents:
-    """Tensors (...) by name, and the activation that a TorchScript archive names, if it does."""
+    """Tensors of any shape by name, and the activation that a TorchScript archive names, if it does."""
 
     weights: dict[str, Tensor]
     activation: str | None = None

@@ -136,7 +136,9 @@ def load(
     shapes = {key: tuple(value.shape) for key, value in own.skeleton(config).state_dict().items()}
     ours = rules.read(layouts.rules(layout, config), weights, shapes, label)
     words = next((one.words for one in stated if one.words is not None), None)
-    found = vocabulary.choose(config, words, folder if place.config else None, tokenizer, label)
+    # Beside a bare file there may be anything; only a config, or a known model's words, speak of a tokenizer.
+    spoken = bool(place.config) or (words is not None and words.kind == "file")
+    found = vocabulary.choose(config, words, folder if spoken else None, tokenizer, label)
     if found is not None:
         config = dataclasses.replace(config, tokenizer=own.tokenizer_config(found))
     return own.build(config, ours, label, found)

@@ -152,6 +152,7 @@ def _large(module: nn.Module) -> bool:
     return sum(p.numel() * p.element_size() for p in module.parameters()) > 1.9 * 2**30
 
 
+@torch.no_grad()
 def _compare(module: nn.Module, path: Path, batches: list[dict[str, Tensor]]) -> float:
     """The largest difference between torch and onnxruntime.
 

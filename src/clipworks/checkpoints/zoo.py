@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from clipworks.checkpoints.known import ALIASES, ARCHITECTURES, MODELS, OLDER_WEIGHTS, Known, parameters
 from clipworks.checkpoints.settings import Stated, Statistics, from_caller, from_config
-from clipworks.errors import CheckpointError, ModelNotFound, nearest
+from clipworks.errors import CheckpointError, ConfigError, ModelNotFound, nearest
 
 if TYPE_CHECKING:
     from clipworks.checkpoints.foreign import Place
@@ -102,8 +102,10 @@ def load(
     if like is not None:
         if like not in MODELS and like not in ALIASES:
             raise ModelNotFound(f"like={like!r}: no known model{nearest(like, MODELS)}")
-        config = MODELS[ALIASES.get(like, like)].config
-        told.append(from_config(config, f"like={like!r}", sizes=False))
+        relative = MODELS[ALIASES.get(like, like)]
+        told.append(
+            replace(from_config(relative.config, f"like={like!r}", sizes=False), words=relative.words)
+        )
     clip = _load(name, revision, told, tokenizer, image_size, context_length)
     if (image_size or context_length) is None:
         return clip
@@ -124,9 +126,11 @@ def _load(
 
     but = ["image.size"] * (image_size is not None) + ["text.length"] * (context_length is not None)
     text = str(name).removeprefix("hf-hub:")
+    if revision is not None and (text == SEEDLING or Path(name).exists()):
+        raise ConfigError(f"revision={revision!r} is for repositories of the hub; {text!r} is here already")
     if text == SEEDLING:
         with resources.as_file(resources.files("clipworks.checkpoints") / SEEDLING) as folder:
-            return own.load(folder)
+            return _own(foreign.Place(folder / own.WEIGHTS, own.CONFIG, own=True), told, tokenizer)
     if text and Path(name).exists():
         place = foreign.locate(Path(name))
         if place.own:
@@ -179,8 +183,7 @@ def _fetch_known(known: Known, revision: str | None) -> tuple[Place, list[Stated
     from clipworks.checkpoints import foreign, hub
 
     weights = hub.download(known.repository, (known.file, OLDER_WEIGHTS), revision)
-    stated = [from_config(known.config, f"the table of known models ({known.name})")]
-    stated = [Stated(one.source, one.settings, one.claims, known.words, one.name) for one in stated]
+    stated = [_stated(known)]
     if known.words.kind == "clip":
         return foreign.Place(weights), stated
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -229,9 +232,14 @@ def _by_hash(place: Place) -> list[Stated]:
             digest.update(block)
     for known in MODELS.values():
         if known.sha256 == digest.hexdigest():
-            stated = from_config(known.config, f"the table of known models ({known.name})")
-            return [Stated(stated.source, stated.settings, stated.claims, known.words, known.name)]
+            return [_stated(known)]
     return []
+
+
+def _stated(known: Known) -> Stated:
+    """What the table says of a known model."""
+    stated = from_config(known.config, f"the table of known models ({known.name})")
+    return replace(stated, words=known.words, name=known.name)
 
 
 def _seedling() -> Model:
