@@ -50,8 +50,10 @@ check: $(READY_TEST)  ## the gate: style, types, import direction, docstrings, d
 contracts: $(READY_TEST)  ## run the families' contracts and record what passed for the register
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --record-evidence -m "contract or checkpoint" $(ARGS)
 
-bench: $(READY_TEST) $(PEERS_OK)  ## ours against the peers
-	$(BIN)/clipworks bench $(ARGS)
+bench: $(READY_TEST) $(PEERS_OK)  ## ours against the peers (NAME=encode for one of benchmarks/)
+	for name in $(or $(NAME),startup tokenizer encode world loss); do \
+	  $(BIN)/python benchmarks/$$name.py $(ARGS) || exit 1; \
+	done
 
 proofs: $(READY_TEST)  ## rerun the experiments behind the papers' claims (SLUG=coop for one)
 	$(BIN)/clipworks prove $(if $(SLUG),$(SLUG),--all) $(ARGS)
