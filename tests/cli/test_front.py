@@ -194,7 +194,9 @@ def test_a_reader_who_leaves_early_causes_no_complaint() -> None:
 
 
 def test_ctrl_c_ends_a_running_command_with_130() -> None:
+    # A shell starts what runs in the background deaf to Ctrl-C, and that is inherited.
     code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import clipworks.cli.models as m\n"
         "def models():\n  import time\n  print('ready', flush=True)\n  time.sleep(60)\n"
         "m.models = models\nfrom clipworks.cli import main; main()"
