@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from clipworks.core.attention import Attention, Mask
 from clipworks.core.config import ResNetConfig
@@ -155,12 +154,7 @@ class ModifiedResNet(Tower):
         cells = maps.flatten(2).transpose(1, 2)
         tokens = torch.cat([cells.mean(dim=1, keepdim=True), cells], dim=1)
         tokens = tokens + resize_positions(self.positions, maps.shape[2:], 1)
-        # Only the mean is asked for, so only its query is computed.
-        q_weight, kv_weight = self.pool.qkv.weight.tensor_split([self.width], dim=0)
-        q_bias, kv_bias = self.pool.qkv.bias.tensor_split([self.width], dim=0)
-        q = F.linear(tokens[:, :1], q_weight, q_bias)
-        k, v = F.linear(tokens, kv_weight, kv_bias).chunk(2, dim=-1)
-        return self.pool.out(self.pool.mix(q, k, v))[:, 0]
+        return self.pool.first(tokens)[:, 0]
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) in [0, 1] or bytes to vectors (B, D), not normalised."""

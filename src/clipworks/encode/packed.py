@@ -77,8 +77,12 @@ class Pack:
 
 def pack(tokens: Tokens) -> Pack:
     """Lay texts, ids (n, L) and ends (n,), into one row; beginnings that are equal are laid once."""
-    ids = tokens.ids.numpy()
-    lengths = tokens.ends.numpy() + 1
+    return _lay(*_ordered(tokens))
+
+
+def _ordered(tokens: Tokens) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The order by ids; in that order, each text's length and what it shares with the one before; (n,)."""
+    ids, lengths = tokens.ids.numpy(), tokens.ends.numpy() + 1
     # Behind its end a text has no ids of its own; -1 keeps what stands there from looking like a beginning.
     ids = np.where(np.arange(ids.shape[1]) < lengths[:, None], ids, -1)
     order = np.lexsort(ids.T[::-1])
@@ -88,7 +92,7 @@ def pack(tokens: Tokens) -> Pack:
         differs = ids[1:] != ids[:-1]
         first = np.where(differs.any(axis=1), differs.argmax(axis=1), ids.shape[1])
         shared[1:] = np.minimum(first, lengths[1:])
-    return _lay(order, lengths, shared)
+    return order, lengths, shared
 
 
 def _lay(order: np.ndarray, lengths: np.ndarray, shared: np.ndarray) -> Pack:
@@ -159,17 +163,13 @@ def text_features(tower: TextTower, tokens: Tokens, positions: int = 4096) -> Te
     Args:
         positions: about how many positions go through the tower at once.
     """
-    if len(tokens) == 1 or tower.config.mask != "causal":
-        return torch.cat([tower(part) for part in _slices(tokens, positions)])
     device = tower.positions.device
-    ordered = Tokens(tokens.ids, tokens.ends)
-    order = np.lexsort(
-        np.where(np.arange(ordered.ids.shape[1]) <= ordered.ends.numpy()[:, None], ordered.ids.numpy(), -1).T[
-            ::-1
-        ]
-    )
+    if len(tokens) == 1 or tower.config.mask != "causal":
+        return torch.cat([tower(part.to(device)) for part in _slices(tokens, positions)])
+    order, lengths, shared = _ordered(tokens)
+    number = np.cumsum(lengths - shared) // max(1, positions)
     features = []
-    for rows in _chunks(tokens, order, positions):
+    for rows in np.split(order, np.flatnonzero(np.diff(number)) + 1):
         part = tokens[torch.from_numpy(rows)]
         packed = pack(part)
         content = tower.embedding(part.ids[packed.rows, packed.columns].to(device))
@@ -177,18 +177,6 @@ def text_features(tower: TextTower, tokens: Tokens, positions: int = 4096) -> Te
     inverse = torch.empty(len(order), dtype=torch.int64)
     inverse[torch.from_numpy(order)] = torch.arange(len(order))
     return torch.cat(features)[inverse.to(device)]
-
-
-def _chunks(tokens: Tokens, order: np.ndarray, positions: int) -> Iterator[np.ndarray]:
-    """Runs of the ordered texts that bring about `positions` positions each."""
-    ids, lengths = tokens.ids.numpy()[order], tokens.ends.numpy()[order] + 1
-    brings = lengths.copy()
-    if len(ids) > 1:
-        differs = ids[1:] != ids[:-1]
-        first = np.where(differs.any(axis=1), differs.argmax(axis=1), ids.shape[1])
-        brings[1:] -= np.minimum(np.minimum(first, lengths[1:]), lengths[:-1])
-    number = np.cumsum(brings) // max(1, positions)
-    yield from np.split(order, np.flatnonzero(np.diff(number)) + 1)
 
 
 def _slices(tokens: Tokens, positions: int) -> Iterator[Tokens]:
