@@ -5,6 +5,7 @@
     ├── ModelNotFound         a model name that nothing answers to; says the nearest names
     ├── PictureError          a picture that cannot be read, or is too large to be read safely
     ├── DataError             examples, labels or shards that do not fit together
+    │   └── EstimatorInputError   what an estimator cannot fit or predict from; also a ValueError
     ├── ConfigError           an option or a combination of options that cannot work
     ├── ShapeError            a tensor whose shape or dtype is not what the function takes
     └── MissingExtra          an optional library that is not installed; says which extra brings it
@@ -38,6 +39,10 @@ class PictureError(ClipworksError):
 
 class DataError(ClipworksError):
     """Examples, labels or shards that do not fit together."""
+
+
+class EstimatorInputError(DataError, ValueError):
+    """Features, pictures or labels that an estimator cannot use; a ValueError, as scikit-learn expects."""
 
 
 class ConfigError(ClipworksError, ValueError):

@@ -268,6 +268,29 @@ def test_processes_of_a_stream_make_equal_steps_and_share_everything(make_exampl
     assert len(first) + len(second) < 60 == sum(len(batch) for one in batches for batch in one)
 
 
+def test_with_another_number_of_processes_a_stream_begins_its_next_turn(make_examples: MakeExamples) -> None:
+    def loaders(count: int) -> list[Loader]:
+        stream = Stream(Listed(make_examples(60), in_piece=5), window=4, examples=60)
+        return [
+            Loader(stream, SMALL, None, 12, seed=3, process=Process(rank, count)) for rank in range(count)
+        ]
+
+    first = loaders(2)[0]
+    for step, _ in enumerate(first):
+        if step == 1:
+            break
+    state = first.state_dict()
+    assert state["processes"] == 2
+    resumed = loaders(3)
+    for loader in resumed:
+        loader.load_state_dict(state)
+    batches = [list(loader) for loader in resumed]
+    assert [len(one) for one in batches] == [3, 3, 3]  # what was left of the epoch's five steps
+    views = {view for one in batches for batch in one for view in batch.features["view"].tolist()}
+    keys = [key for one in batches for batch in one for key in batch.keys]
+    assert views == {1} and len(set(keys)) == len(keys) == 36
+
+
 def test_a_stream_without_length_ends_when_it_is_read(make_examples: MakeExamples) -> None:
     loader = Loader(Stream(Listed(make_examples(20)), window=4), SMALL, None, 6)
     assert [len(batch) for batch in loader] == [6, 6, 6, 2]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from clipworks.engine import Callback, Diverged, Evaluate, Interrupted, Recipe, Saving, State, fit
+from clipworks.engine.stage import Stage, checkpoint_activations, total
 from clipworks.engine.table import Table
 from clipworks.errors import CheckpointError, ConfigError, DataError
 
@@ -119,34 +120,63 @@ def test_plain_lists_of_batches_resume_by_skipping(train: Any, tmp_path: Path, b
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a child to kill is made by fork")
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-@pytest.mark.parametrize("where", ["anywhere", "while a checkpoint is written"])
-def test_killed_at_random_moments_it_ends_with_the_same_weights(
-    train: Any, tmp_path: Path, short: Recipe, where: str
+def test_killed_ten_times_and_while_a_checkpoint_is_written_it_ends_with_the_same_weights(
+    train: Any, tmp_path: Path, short: Recipe
 ) -> None:
-    recipe = dataclasses.replace(short, ema=0.9)
-    began = time.perf_counter()
+    recipe = dataclasses.replace(short, epochs=12, ema=0.9)
     expected = weights(train(tmp_path / "whole", recipe).clip)
-    duration = time.perf_counter() - began
     generator = torch.Generator().manual_seed(0)
-    killed = 0
-    for _ in range(8):
-        share = torch.rand((), generator=generator).item()
+    moments = [*(round(48 * (kill + 0.5) / 10) for kill in range(10)), None]  # steps; None: within a writing
+    for moment in moments:
+        told, tell = os.pipe()
         child = os.fork()
         if child == 0:
-            if where != "anywhere":
-                kill_at_fsync(int(share * 25))
+            if moment is None:
+                kill_at_fsync(11)
+            try:
+                train(tmp_path / "killed", recipe, saving=Saving(steps=2), callbacks=[Tell(tell)])
+            finally:
+                os._exit(0)
+        os.close(tell)
+        with os.fdopen(told, "rb", buffering=0) as steps:
+            while moment is not None and steps.read(1)[0] < moment:
+                pass
+            if moment is not None:
+                time.sleep(0.01 * torch.rand((), generator=generator).item())
+                os.kill(child, signal.SIGKILL)
+            assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    result = train(tmp_path / "killed", recipe, saving=Saving(steps=2))
+    assert result.step == 48 and equal(weights(result.clip), expected)
+    assert [row["step"] for row in Table(tmp_path / "killed" / "log.csv").read()] == [48]
+
+
+class Tell(Callback):
+    """Writes the number of each step, as one byte, into a pipe."""
+
+    def __init__(self, pipe: int) -> None:
+        self.pipe = pipe
+
+    def on_step(self, state: State) -> None:
+        os.write(self.pipe, bytes([state.step]))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a child to kill is made by fork")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_killed_at_any_wait_for_the_disk_it_ends_with_the_same_weights(
+    train: Any, tmp_path: Path, short: Recipe
+) -> None:
+    recipe = dataclasses.replace(short, epochs=2, ema=0.9)
+    expected = weights(train(tmp_path / "whole", recipe).clip)
+    for count in (0, 1, 2, 4, 6, 7, 9):
+        child = os.fork()
+        if child == 0:
+            kill_at_fsync(count)
             try:
                 train(tmp_path / "killed", recipe, saving=Saving(steps=1))
             finally:
                 os._exit(0)
-        if where == "anywhere":
-            time.sleep(share * duration)
-            os.kill(child, signal.SIGKILL)
-        killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    result = train(tmp_path / "killed", recipe, saving=Saving(steps=1))
-    assert killed and result.step == 12
-    assert equal(weights(result.clip), expected)
-    assert [row["step"] for row in Table(tmp_path / "killed" / "log.csv").read()] == [12]
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    assert equal(weights(train(tmp_path / "killed", recipe, saving=Saving(steps=1)).clip), expected)
 
 
 def kill_at_fsync(count: int) -> None:
@@ -330,6 +360,74 @@ def test_an_objective_may_choose_its_groups_and_its_backward_pass(
         name for name in after if name.startswith("text.")
     }
     assert Table(tmp_path / "log.csv").read()[-1]["back"] > 0
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_activation_checkpointing_takes_the_same_steps_and_is_gone_afterwards(
+    train: Any, tmp_path: Path, short: Recipe, small: Any, dropping: Any, accumulate: int
+) -> None:
+    def run(name: str, checkpointed: bool) -> nn.Module:
+        recipe = dataclasses.replace(
+            short, accumulate=accumulate, checkpoint_activations=checkpointed, scale_limit=None
+        )
+        clip = small().double()
+        return train(tmp_path / name, recipe, clip=clip, objective=dropping().double()).clip  # type: ignore[no-any-return]
+
+    whole, kept = run("whole", False), run("kept", True)
+    assert not any(getattr(module, "checkpointing", False) for module in kept.modules())
+    for name, tensor in weights(whole).items():
+        torch.testing.assert_close(weights(kept)[name], tensor, atol=1e-10, rtol=1e-8, msg=name)
+
+
+def test_activation_checkpointing_has_equal_gradients_and_keeps_less(
+    small: Any, batches: Any, dropping: Any
+) -> None:
+    def step(checkpointed: bool) -> tuple[dict[str, Tensor], int]:
+        stage = Stage(small().train(), dropping(share=0.0), "fp32").double()
+        if checkpointed:
+            assert len(checkpoint_activations(stage.clip)) == 2
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            kept[tensor.data_ptr()] = tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = total(stage.objective.loss(stage(next(iter(batches())))))
+        loss.backward()
+        return {name: p.grad for name, p in stage.named_parameters()}, sum(kept.values())
+
+    (plain, much), (again, little) = step(False), step(True)
+    assert little < 0.6 * much
+    for name, gradient in plain.items():
+        torch.testing.assert_close(again[name], gradient, atol=1e-12, rtol=1e-9, msg=name)
+
+
+def test_a_model_without_towers_has_nothing_to_checkpoint() -> None:
+    with pytest.raises(ConfigError, match="no tower"):
+        checkpoint_activations(nn.Linear(2, 2))
+
+
+def test_how_a_step_is_computed_may_change_when_a_training_is_resumed(
+    train: Any, tmp_path: Path, short: Recipe
+) -> None:
+    recipe = dataclasses.replace(short, eps=1e-3)
+    expected = train(tmp_path / "whole", recipe)
+    with pytest.raises(ZeroDivisionError):
+        train(tmp_path / "cut", recipe, callbacks=[StopAt(7)])
+    other = dataclasses.replace(recipe, accumulate=1, checkpoint_activations=True, strategy="fsdp2")
+    found = train(tmp_path / "cut", other)
+    for name, tensor in weights(expected.clip).items():
+        torch.testing.assert_close(weights(found.clip)[name], tensor, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_the_log_says_how_much_of_the_device_is_used(
+    train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tmp_path, show="text")
+    row = Table(tmp_path / "log.csv").read()[-1]
+    assert 0 < row["utilization"] < 1 and row["scale"] == pytest.approx(2.6, abs=0.2)
+    assert "utilization" in capsys.readouterr().out
 
 
 def test_no_length_and_no_data_are_clear_errors(train: Any, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ Whatever is wrong with a file (missing, truncated, of another kind, wanting to r
 
 from __future__ import annotations
 
+import argparse
 import json
 import pickle
 import warnings
@@ -131,7 +132,9 @@ def _read_pickled(path: Path) -> Any:
                 "ignore", UserWarning
             )  # about a newer pickle protocol; what fails, fails below
             # Mapped files need not fit into memory twice; only the older format cannot be mapped.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            # Training scripts save their options beside the weights; a Namespace only holds values.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: holds more than tensors, or is damaged, and is not unpickled for that reason "

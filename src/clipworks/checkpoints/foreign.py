@@ -8,14 +8,16 @@ file or folder  ->  weights, and what the config beside them says
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from torch import Tensor
+
 from clipworks.checkpoints import configs, files, layouts, own, rules, vocabulary
 from clipworks.checkpoints.geometry import facts, geometry
-from clipworks.checkpoints.settings import Settings, Stated, check_claims, merged
+from clipworks.checkpoints.settings import BY_LAYOUT, Settings, Stated, check_claims, merged
 from clipworks.core.clip import Clip
 from clipworks.core.tokenizer import SETTINGS, Tokenizer
 from clipworks.errors import CheckpointError
@@ -129,16 +131,46 @@ def load(
     contents = files.read(place.weights)
     if contents.activation is not None:
         stated.append(Stated("the module tree of the archive", _archive_settings(contents.activation)))
-    weights = layouts.clean(contents.weights, label)
+    # Beside a bare file there may be anything; only a config, or a known model's words, speak of a tokenizer.
+    words = next((one.words for one in stated if one.words is not None), None)
+    spoken = bool(place.config) or (words is not None and words.kind == "file")
+    beside = folder if spoken else None
+    return assemble(contents.weights, stated, label, folder=beside, tokenizer=tokenizer, but=but, name=name)
+
+
+def assemble(
+    weights: Mapping[str, Tensor],
+    told: Sequence[Stated],
+    label: str,
+    *,
+    folder: Path | None = None,
+    tokenizer: Tokenizer | Literal[False] | None = None,
+    but: Sequence[str] = (),
+    name: str = "",
+) -> Clip:
+    """A Clip of weights of any shape that are already in memory, in a layout that is known.
+
+    Args:
+        weights: by their names in another tool.
+        told: what is said about them.
+        label: the file that they are from, for messages.
+        folder: where their tokenizer may lie; None if nothing says that one does.
+        tokenizer, but, name: as `load` takes them.
+
+    Raises:
+        CheckpointError: naming the key or tensor at fault.
+    """
+    stated = list(told)
+    weights = layouts.clean(weights, label)
     layout = layouts.recognize(weights, label)
+    if layout in BY_LAYOUT:
+        stated.append(BY_LAYOUT[layout])
     config = geometry(layout, weights, merged(stated, label), label, name)
     check_claims(stated, facts(config), label, but)
     shapes = {key: tuple(value.shape) for key, value in own.skeleton(config).state_dict().items()}
     ours = rules.read(layouts.rules(layout, config), weights, shapes, label)
     words = next((one.words for one in stated if one.words is not None), None)
-    # Beside a bare file there may be anything; only a config, or a known model's words, speak of a tokenizer.
-    spoken = bool(place.config) or (words is not None and words.kind == "file")
-    found = vocabulary.choose(config, words, folder if spoken else None, tokenizer, label)
+    found = vocabulary.choose(config, words, folder, tokenizer, label)
     if found is not None:
         config = dataclasses.replace(config, tokenizer=own.tokenizer_config(found))
     return own.build(config, ours, label, found)

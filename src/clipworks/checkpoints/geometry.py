@@ -75,7 +75,8 @@ def check_complete(settings: Settings, layout: Layout, shapes: Shapes) -> None:
     if settings.mean is None or settings.std is None:
         missing.append("mean and deviation of its pictures")
         arguments.append('statistics="clip" or "half"')
-    if settings.text_heads is None or settings.image_heads is None:
+    # Norms on queries and keys say by their shape how wide a head of that tower is.
+    if settings.text_heads is None or (settings.image_heads is None and layout != "laclip"):
         missing.append(HEADS)
         arguments.append("heads=(image, text)")
     if missing:
@@ -154,6 +155,8 @@ def _image(layout: Layout, shapes: Shapes, settings: Settings) -> tuple[VisionCo
     if layout == "siglip":
         image = _timm(shapes, settings)
         return image, image.width
+    if layout == "laclip":
+        return _laclip_vision(shapes, settings), shapes.of("image_projection", 2)[1]
     if "visual.layer1.0.conv1.weight" in shapes.weights:
         return _resnet(shapes, settings), shapes.of("visual.attnpool.c_proj.weight", 2)[0]
     return _openai_vision(shapes, settings), shapes.of("visual.proj", 2)[1]
@@ -207,6 +210,32 @@ def _timm(shapes: Shapes, settings: Settings) -> VisionConfig:
     return _siglip_vision(settings, width, patch, grid, blocks)
 
 
+def _laclip_vision(shapes: Shapes, settings: Settings) -> VisionConfig:
+    width, _, patch, _ = shapes.of("visual.patch_embed.proj.weight", 4)
+    grid = shapes.square(shapes.of("visual.pos_embed", 3)[1] - 1, "visual.pos_embed")
+    depth = shapes.depth(r"visual\.blocks\.(\d+)\.")
+    head_width = shapes.of("visual.blocks.0.attn.q_norm.weight", 1)[0]
+    heads = width // head_width if width % head_width == 0 else None
+    if settings.image_heads not in (None, heads):
+        raise CheckpointError(
+            f"{shapes.source}: norms of {head_width} numbers cannot be those of {settings.image_heads} heads "
+            f"in a width of {width}"
+        )
+    return VisionConfig(
+        image_size=grid * patch,
+        patch_size=patch,
+        width=width,
+        blocks=shapes.blocks(depth, width, heads, "image", "visual.blocks.{}.mlp.fc1.weight"),
+        activation=known(settings.activation),
+        norm_eps=settings.norm_eps or 1e-6,
+        pre_norm=False,
+        patch_bias=True,
+        mean=known(settings.mean),
+        std=known(settings.std),
+        qk_norm=True,
+    )
+
+
 def _siglip_vision(
     settings: Settings, width: int, patch: int, grid: int, blocks: tuple[BlockConfig, ...]
 ) -> VisionConfig:
@@ -228,7 +257,7 @@ def _siglip_vision(
 
 
 def _text(layout: Layout, shapes: Shapes, settings: Settings) -> TextConfig:
-    prefix, siglip = "" if layout == "openai" else "text.", layout == "siglip"
+    prefix, siglip = "" if layout in ("openai", "laclip") else "text.", layout == "siglip"
     vocabulary, width = shapes.of(f"{prefix}token_embedding.weight", 2)
     depth = shapes.depth(rf"{re.escape(prefix)}transformer\.resblocks\.(\d+)\.")
     mlp = prefix + "transformer.resblocks.{}.mlp.c_fc.weight"

@@ -55,6 +55,7 @@ def parameters(config: Config) -> int:
         count = _stem_parameters(image) + image.class_token * image.width
         count += (image.grid**2 + image.class_token) * image.width + _norms(image.width, 1 + image.pre_norm)
         count += _blocks_parameters(image)
+        count += sum(_norms(block.head_width, 2) for block in image.blocks) * image.qk_norm
         count += image.width * config.width * image.projection
         if image.pooling == "attention":
             last = image.blocks[-1]

@@ -3,6 +3,7 @@
     openai         openai/CLIP and open_clip's plain `CLIP`: `visual.…`, `transformer.resblocks.N.…`
     custom         open_clip's `CustomTextCLIP`: the same, its text tower under `text.`
     siglip         open_clip's SigLIP: a timm tower under `visual.trunk.`, text under `text.`
+    laclip         LaCLIP's training code: a timm tower with norms on q and k under `visual.`, else as openai
     transformers   `CLIPModel` and `SiglipModel`: `vision_model.…`, `text_model.…`
 
 A layout is recognized by its names, and the geometry is read off the shapes; what shapes cannot say
@@ -22,7 +23,7 @@ from clipworks.checkpoints.rules import Rule, batch_norm, linear, rule
 from clipworks.core.config import Config, ResNetConfig, TextConfig, VisionConfig
 from clipworks.errors import CheckpointError
 
-Layout = Literal["openai", "custom", "siglip", "transformers"]
+Layout = Literal["openai", "custom", "siglip", "laclip", "transformers"]
 
 # What DataParallel, compile, FSDP and activation checkpointing put into names.
 WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -43,6 +44,8 @@ def recognize(names: Mapping[str, Tensor], source: str) -> Layout:
     """
     if "visual.trunk.patch_embed.proj.weight" in names:
         return "siglip"
+    if "visual.blocks.0.attn.q_norm.weight" in names and "image_projection" in names:
+        return "laclip"
     if "text_model.embeddings.token_embedding.weight" in names:
         return "transformers"
     if "text.token_embedding.weight" in names:
@@ -92,17 +95,20 @@ def rules(layout: Layout, config: Config) -> Iterator[Rule]:
         return
     if layout == "siglip":
         yield from _timm(_vision(config, layout))
+    elif layout == "laclip":
+        yield from _laclip_vision(_vision(config, layout))
     elif isinstance(config.image, ResNetConfig):
         yield from _resnet(config.image)
     else:
         yield from _openai_vision(_vision(config, layout))
-    yield from _openai_text(config.text, "" if layout == "openai" else "text.")
+    yield from _openai_text(config.text, "" if layout in ("openai", "laclip") else "text.")
 
 
 def _vision(config: Config, layout: str) -> VisionConfig:
-    if not isinstance(config.image, VisionConfig) or config.image.stem:
+    image = config.image
+    if not isinstance(image, VisionConfig) or image.stem or image.qk_norm != (layout == "laclip"):
         raise CheckpointError(f"the layout {layout} has no place for this image tower")
-    return config.image
+    return image
 
 
 def _openai_vision(image: VisionConfig) -> Iterator[Rule]:
@@ -164,10 +170,18 @@ def _resnet(image: ResNetConfig) -> Iterator[Rule]:
     yield from linear("image.pool.out", "visual.attnpool.c_proj")
 
 
-def _timm(image: VisionConfig) -> Iterator[Rule]:
-    if image.pooling != "attention" or image.class_token or image.pre_norm or image.projection:
-        raise CheckpointError("the layout siglip has no place for this image tower")
-    trunk = "visual.trunk"
+def _laclip_vision(image: VisionConfig) -> Iterator[Rule]:
+    if image.pooling != "class" or image.pre_norm or not (image.projection and image.patch_bias):
+        raise CheckpointError("the layout laclip has no place for this image tower")
+    yield rule("image.class_token", "visual.cls_token", change="leading", ones=2)
+    yield rule("image.projection.weight", "image_projection", change="transposed")
+    yield from _timm_trunk(image, "visual")
+    for i in range(len(image.blocks)):
+        yield from linear(f"image.blocks.{i}.attention.qkv.query_norm", f"visual.blocks.{i}.attn.q_norm")
+        yield from linear(f"image.blocks.{i}.attention.qkv.key_norm", f"visual.blocks.{i}.attn.k_norm")
+
+
+def _timm_trunk(image: VisionConfig, trunk: str) -> Iterator[Rule]:
     yield from linear("image.patches", f"{trunk}.patch_embed.proj")
     yield rule("image.positions", f"{trunk}.pos_embed", change="leading", ones=1)
     yield from linear("image.ln_post", f"{trunk}.norm")
@@ -179,6 +193,13 @@ def _timm(image: VisionConfig) -> Iterator[Rule]:
         yield from linear(f"{ours}.ln_2", f"{theirs}.norm2")
         yield from linear(f"{ours}.mlp.fc", f"{theirs}.mlp.fc1")
         yield from linear(f"{ours}.mlp.proj", f"{theirs}.mlp.fc2")
+
+
+def _timm(image: VisionConfig) -> Iterator[Rule]:
+    if image.pooling != "attention" or image.class_token or image.pre_norm or image.projection:
+        raise CheckpointError("the layout siglip has no place for this image tower")
+    trunk = "visual.trunk"
+    yield from _timm_trunk(image, trunk)
     pool = f"{trunk}.attn_pool"
     yield rule("image.pool.probe", f"{pool}.latent", change="leading", ones=2)
     for kind in ("weight", "bias"):

@@ -17,6 +17,7 @@ from clipworks.errors import CheckpointError, ConfigError
 Triple = tuple[float, float, float]
 Statistics = Literal["clip", "half"] | tuple[Triple, Triple]
 HALF = (0.5, 0.5, 0.5)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 STATISTICS: dict[str, tuple[Triple, Triple]] = {"clip": (CLIP_MEAN, CLIP_STD), "half": (HALF, HALF)}
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh")
 
@@ -77,6 +78,25 @@ class Stated:
     claims: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
     words: Words | None = None
     name: str = ""
+
+
+# Of a layout that only one training code writes, that code says what shapes do not.
+BY_LAYOUT: dict[str, Stated] = {
+    "laclip": Stated(
+        "LaCLIP's training code",
+        Settings(
+            activation="gelu",  # the towers differ
+            text_activation="quick_gelu",
+            text_heads=8,
+            norm_eps=1e-6,
+            text_norm_eps=1e-5,
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
+            resize="shortest",
+            interpolation="bilinear",
+        ),
+    )
+}
 
 
 def from_config(config: Config, source: str, *, sizes: bool = True) -> Stated:

@@ -39,19 +39,54 @@ def activation_module(name: Activation) -> nn.Module:
     return nn.GELU(approximate="tanh" if name == "gelu_tanh" else "none")
 
 
+class NormedQKV(nn.Linear):
+    """The Linear of an attention whose queries and keys are normed, each head's d numbers by themselves.
+
+    Gain and bias are shared by the heads. It stands in the place of `Attention.qkv`, so every path that is
+    written from `qkv` sees normed queries and keys; values stay as they are.
+    """
+
+    def __init__(self, width: int, heads: int, head_width: int, eps: float):
+        super().__init__(width, 3 * heads * head_width)
+        self.query_norm = nn.LayerNorm(head_width, eps=eps)
+        self.key_norm = nn.LayerNorm(head_width, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, w) to (B, N, 3 h d)."""
+        q, k, v = super().forward(x).chunk(3, dim=-1)
+        d = self.query_norm.normalized_shape[0]
+        q, k = (
+            norm(each.unflatten(-1, (-1, d))).flatten(-2)
+            for norm, each in ((self.query_norm, q), (self.key_norm, k))
+        )
+        return torch.cat([q, k, v], dim=-1)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention in three public steps.
 
     `qkv(x)` is a Linear (B, N, w) -> (B, N, 3 h d) that holds queries, keys and values side by side
-    (`chunk(3, -1)` parts them); `mix(q, k, v, mask)` attends; `out` is a Linear (B, N, h d) -> (B, N, w).
+    (`chunk(3, -1)` parts them), with norms on queries and keys where `qk_norm_eps` is given; `mix(q, k, v,
+    mask)` attends; `out` is a Linear (B, N, h d) -> (B, N, w).
     """
 
-    def __init__(self, width: int, heads: int, head_width: int | None = None, out_width: int | None = None):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        head_width: int | None = None,
+        out_width: int | None = None,
+        qk_norm_eps: float | None = None,
+    ):
         super().__init__()
         head_width = head_width or width // heads
         self.heads = heads
         self.head_width = head_width
-        self.qkv = nn.Linear(width, 3 * heads * head_width)
+        self.qkv = (
+            nn.Linear(width, 3 * heads * head_width)
+            if qk_norm_eps is None
+            else NormedQKV(width, heads, head_width, qk_norm_eps)
+        )
         self.out = nn.Linear(heads * head_width, out_width or width)
 
     def split(self, x: Tensor) -> Tensor:
@@ -98,6 +133,9 @@ class Attention(nn.Module):
 
     def first(self, x: Tensor) -> Tensor:
         """What the first token gathers from all: (B, N, w) to (B, 1, w), without the other queries."""
+        if isinstance(self.qkv, NormedQKV):
+            q, k, v = self.qkv(x).chunk(3, dim=-1)
+            return self.out(self.mix(q[:, :1], k, v))
         width = self.heads * self.head_width
         weights, biases = (tensor.tensor_split([width]) for tensor in (self.qkv.weight, self.qkv.bias))
         k, v = F.linear(x, weights[1], biases[1]).chunk(2, dim=-1)
@@ -107,7 +145,8 @@ class Attention(nn.Module):
 def _weights(scores: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     """Scores (B, h, Nq, Nk) to attention weights of the same shape."""
     if causal:
-        scores = scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), float("-inf"))
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(future, float("-inf"))
     elif mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     return scores.softmax(dim=-1)
@@ -130,10 +169,19 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block whose two halves may be handed in."""
 
-    def __init__(self, width: int, config: BlockConfig, activation: Activation, norm_eps: float):
+    def __init__(
+        self,
+        width: int,
+        config: BlockConfig,
+        activation: Activation,
+        norm_eps: float,
+        qk_norm: bool = False,
+    ):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width, eps=norm_eps)
-        self.attention = Attention(width, config.heads, config.head_width)
+        self.attention = Attention(
+            width, config.heads, config.head_width, qk_norm_eps=norm_eps if qk_norm else None
+        )
         self.ln_2 = nn.LayerNorm(width, eps=norm_eps)
         self.mlp = MLP(width, config.mlp_width, activation)
 

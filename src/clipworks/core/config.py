@@ -58,7 +58,8 @@ class VisionConfig:
     """A vision transformer.
 
     `stem` empty means the reference's single convolution of `patch_size`; otherwise the stages halve
-    the picture one after the other and `patch_size` must be two to the number of stages.
+    the picture one after the other and `patch_size` must be two to the number of stages. `qk_norm` puts
+    a norm over each head's queries and keys.
     """
 
     image_size: int
@@ -75,6 +76,7 @@ class VisionConfig:
     stem: tuple[StemStage, ...] = ()
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
+    qk_norm: bool = False
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
@@ -239,6 +241,12 @@ def _coerce(hint: Any, value: Any, place: str) -> Any:
         return tuple(
             _coerce(h, v, f"{place}[{i}]") for i, (h, v) in enumerate(zip(inner, value, strict=True))
         )
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{place}: expected keys and values, found {value!r}")
+        return {key: _coerce(options[1], held, _join(place, str(key))) for key, held in value.items()}
+    if hint is Any:
+        return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):

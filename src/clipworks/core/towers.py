@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from clipworks.core.attention import MLP, Attention, Block, Mask
+from clipworks.core.attention import MLP, Attention, Block, Mask, NormedQKV
 from clipworks.core.config import TextConfig, VisionConfig
 from clipworks.core.hooks import Around, BlockCall, Tap, compose
 from clipworks.core.stem import ConvolutionalStem
@@ -118,7 +118,7 @@ class VisionTower(Tower):
         self.positions = nn.Parameter(torch.zeros(grid * grid + config.class_token, width))
         self.ln_pre = nn.LayerNorm(width, eps=config.norm_eps) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(
-            Block(width, block, config.activation, config.norm_eps) for block in config.blocks
+            Block(width, block, config.activation, config.norm_eps, config.qk_norm) for block in config.blocks
         )
         self.ln_post = nn.LayerNorm(width, eps=config.norm_eps)
         self.pool = AttentionPool(config) if config.pooling == "attention" else None
@@ -194,7 +194,7 @@ class VisionTower(Tower):
             return False
         # A block that a variant, a compiler or a forward hook has changed is run as it is.
         qkv = last.attention.qkv
-        changed = type(qkv) is not nn.Linear or any(m._forward_hooks for m in last.modules())
+        changed = type(qkv) not in (nn.Linear, NormedQKV) or any(m._forward_hooks for m in last.modules())
         return not changed and last._compiled_call_impl is None
 
 

@@ -183,12 +183,15 @@ class Loader:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to a position.
 
+        A position in a stream is that of one of several readers. With another number of them, reading goes on
+        with the next turn of the stream; what was left of the turn under way is not read.
+
         Raises:
             ConfigError: if it is the position of a loader with another seed or batch size, which would
                 not continue the same sequence.
         """
         mine = self.state_dict()
-        for name in ("seed", "batch_size", "processes"):
+        for name in ("seed", "batch_size"):
             if name in mine and state.get(name) != mine[name]:
                 raise ConfigError(
                     f"the state is of a loader with {name} {state.get(name)}, this one has {mine[name]}; "
@@ -197,6 +200,8 @@ class Loader:
         self.epoch, self.step = int(state["epoch"]), int(state["step"])
         position = state.get("position")
         self._position = None if position is None else Position(*position)
+        if self._position is not None and state["processes"] != self.process.count:
+            self._position = Position(self._position.turn + 1, 0, 0, 0, 0)
 
     def __iter__(self) -> Iterator[Batch]:
         """The rest of the epoch; afterwards the position is the beginning of the next one."""

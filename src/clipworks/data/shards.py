@@ -277,6 +277,17 @@ def example_of(key: str, members: Mapping[str, bytes], texts: Mapping[str, str] 
     return Example(key, image, found, label, extra=extra)
 
 
+def member_places(
+    shard: str, skipped: Skipped, strict: bool = False
+) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+    """The keys of a local shard, each with offset and size of its members by extension; reads only headers.
+
+    Raises:
+        DataError: for a missing or damaged shard if `strict`; else it is counted in `skipped`.
+    """
+    yield from _grouped(_headers(shard, skipped, strict))
+
+
 def _headers(shard: str, skipped: Skipped, strict: bool) -> Iterator[tuple[str, tuple[int, int]]]:
     """The complete members of a local shard as (name, (offset, size)); damage is counted."""
     try:

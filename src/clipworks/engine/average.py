@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import nn
 
+from clipworks.engine.sharding import local
+
 
 class Average:
     """A copy of a module whose weights follow it: `average = d * average + (1 - d) * weights`.
@@ -15,7 +17,8 @@ class Average:
     soon forgotten. Buffers are copied.
 
     Attributes:
-        module: the averaged module, in evaluation mode, without gradients.
+        module: the averaged module, in evaluation mode, without gradients; sharded if `shard` was applied to
+            it as to the module that it follows.
         updates: how often it was updated.
     """
 
@@ -33,7 +36,7 @@ class Average:
         """Move towards the weights of `module`, which has the structure of the averaged one."""
         share = 1 - self.decay_at(self.updates)
         self.updates += 1
-        ours, theirs = ([p.detach() for p in side.parameters()] for side in (self.module, module))
+        ours, theirs = ([local(p.detach()) for p in side.parameters()] for side in (self.module, module))
         torch._foreach_lerp_(ours, theirs, share)
         for mine, other in zip(self.module.buffers(), module.buffers(), strict=True):
             mine.copy_(other)

@@ -1,7 +1,9 @@
 """What watches a training, and what it is shown.
 
 A callback has any of `on_start`, `on_step`, `on_epoch`, `on_end`; each is given the `State`. Callbacks run in
-the first process only and change nothing: random numbers they draw do not reach the training.
+the first process only and change nothing: random numbers they draw do not reach the training. One that looks
+at the model's weights in `on_step` says so in `reads_clip`, which every process asks: where processes share
+the weights out, they are put together for it, and are otherwise those of the last time.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clipworks.data.source import Skipped
 from clipworks.engine.recipe import Recipe
 from clipworks.engine.table import Table
 from clipworks.errors import ConfigError
@@ -37,6 +40,10 @@ class State:
         seconds: time spent since this process started training.
         rate: samples a second, over the last steps.
         waiting: share of the time spent waiting for data, over the last steps.
+        utilization: arithmetic that the towers need over what the devices could do in that time (see
+            `flops`), over the last steps; NaN where the towers are not those of a `Config`.
+        scale: the trained model's logit scale, 0-D tensor, a logarithm; None without one.
+        skipped: at the end, what the data could not read, in all processes; None where it does not say.
         folder: where the training writes.
         recipe: its recipe.
     """
@@ -55,6 +62,9 @@ class State:
     seconds: float = 0.0
     rate: float = 0.0
     waiting: float = 0.0
+    utilization: float = math.nan
+    scale: Tensor | None = None
+    skipped: Skipped | None = None
 
     @property
     def done(self) -> bool:
@@ -84,14 +94,22 @@ class State:
         row["lr"] = self.lr
         if self.gradient_norm is not None:
             row["gradient_norm"] = float(self.gradient_norm)
-        scale = getattr(self.clip, "scale", None)
-        if scale is not None:
-            row["scale"] = float(scale.detach())
-        return row | {"samples_per_second": self.rate, "waiting": self.waiting, "seconds": self.seconds}
+        if self.scale is not None:
+            row["scale"] = float(self.scale)
+        return row | {
+            "samples_per_second": self.rate,
+            "waiting": self.waiting,
+            "utilization": self.utilization,
+            "seconds": self.seconds,
+        }
 
 
 class Callback:
     """Does nothing; override what is needed."""
+
+    def reads_clip(self, state: State) -> bool:
+        """Whether `on_step` will look at the weights of `state.clip` in this step; alike in all processes."""
+        return False
 
     def on_start(self, state: State) -> None:
         """Before the first step; `state.step` is above 0 when the training was resumed."""
@@ -127,6 +145,10 @@ class Evaluate(Callback):
         self.every = every
         self.name = name
 
+    def reads_clip(self, state: State) -> bool:
+        """In the steps in which it is called."""
+        return self.every is not None and state.step % self.every == 0
+
     def on_start(self, state: State) -> None:
         self.table = Table(state.folder / f"{self.name}.csv")
         self.table.open(state.step)
@@ -138,7 +160,7 @@ class Evaluate(Callback):
             )
 
     def on_step(self, state: State) -> None:
-        if self.every is not None and state.step % self.every == 0:
+        if self.reads_clip(state):
             self._evaluate(state)
 
     def on_epoch(self, state: State) -> None:

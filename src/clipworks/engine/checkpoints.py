@@ -5,11 +5,13 @@ A checkpoint is a folder `step-00001200/`:
     weights.safetensors      model and objective (`clip.*`, `objective.*`)
     average.safetensors      averaged model, if one is kept
     state.pt                 optimizer and counters; plain tensors and numbers, loaded with weights_only
+    shared/                  in their stead, tensors that processes share out (FSDP2): a file of each process
     process-0.pt             of each process: random states, position in the data
     checkpoint.json          recipe, step, and size and SHA-256 of the files above
 
 It is written under a temporary name, flushed to disk and renamed. Reading checks the digests and falls
-back to the checkpoint before.
+back to the checkpoint before. Tensors have names and whole shapes in either form, so that any number of
+processes reads what any other number wrote (`carrying`).
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -30,11 +33,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from clipworks.engine.sharding import is_sharded, part_of
+from clipworks.engine.shared_files import write_shared
 from clipworks.errors import CheckpointError, ConfigError, DataError
 
 FORMAT = 1
 _PREFIX = "step-"
 _UNFINISHED = ".writing-"
+_SHARED = "shared"
 
 
 @dataclass(frozen=True)
@@ -45,11 +51,14 @@ class Saving:
         minutes: time between two checkpoints; None for no such rule.
         steps: steps between two checkpoints; None for no such rule.
         keep: number of newest checkpoints that stay.
+        shared: under FSDP2 each process writes its part; False gathers everything into the first process,
+            which writes what a training in one process writes.
     """
 
     minutes: float | None = 10.0
     steps: int | None = None
     keep: int = 2
+    shared: bool = True
 
     def __post_init__(self) -> None:
         if self.keep < 1:
@@ -58,7 +67,7 @@ class Saving:
 
 @dataclass
 class Snapshot:
-    """What a checkpoint holds, besides weights, once read."""
+    """A checkpoint once read; tensors that processes shared out are still in the folder `shared`."""
 
     path: Path
     summary: dict[str, Any]
@@ -66,14 +75,16 @@ class Snapshot:
     average: dict[str, Tensor] | None
     state: dict[str, Any]
     process: dict[str, Any] = field(default_factory=dict)
+    shared: Path | None = None
 
 
 def tensors_once(module: nn.Module) -> dict[str, Tensor]:
     """The state dict of a module, tensors of any shape, each shared one under its first name only."""
-    seen: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = set()
+    seen: set[Any] = set()
     once: dict[str, Tensor] = {}
-    for name, tensor in module.state_dict().items():
-        key = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        # A tensor that processes share out has no memory of its own to be known by.
+        key = id(tensor) if is_sharded(tensor) else (tensor.data_ptr(), tensor.shape, tensor.stride())
         if tensor.numel() and key in seen:
             continue
         seen.add(key)
@@ -81,33 +92,44 @@ def tensors_once(module: nn.Module) -> dict[str, Tensor]:
     return once
 
 
-def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `tensors_once` gave, tensors of any shape.
+def load_tensors(
+    module: nn.Module, tensors: Mapping[str, Tensor], *, elsewhere: bool = False
+) -> dict[str, Tensor]:
+    """Put back what `tensors_once` gave, tensors of any shape, whole ones into sharded ones too.
+
+    Args:
+        elsewhere: whether some may be missing.
+
+    Returns:
+        The module's tensors that are missing.
 
     Raises:
         CheckpointError: if names or shapes are not those of the module.
     """
     own = tensors_once(module)
-    if own.keys() != tensors.keys():
-        odd = sorted(own.keys() ^ tensors.keys())
+    odd = sorted(tensors.keys() - own.keys() if elsewhere else own.keys() ^ tensors.keys())
+    if odd:
         raise CheckpointError(f"the checkpoint is of another model: {odd[0]} is in one of them only")
     with torch.no_grad():
-        for name, tensor in own.items():
-            if tensor.shape != tensors[name].shape:
+        for name, saved in tensors.items():
+            tensor = own.pop(name)
+            if tensor.shape != saved.shape:
                 raise CheckpointError(
-                    f"the checkpoint is of another model: {name} is {tuple(tensors[name].shape)} there "
+                    f"the checkpoint is of another model: {name} is {tuple(saved.shape)} there "
                     f"and {tuple(tensor.shape)} here"
                 )
-            tensor.copy_(tensors[name])
+            tensor.copy_(part_of(saved, tensor))
+    return own
 
 
 class CheckpointFolder:
-    """The checkpoints of one training."""
+    """The checkpoints of one training, as process `rank` of `processes` sees them."""
 
-    def __init__(self, folder: Path, keep: int, rank: int = 0):
+    def __init__(self, folder: Path, keep: int, rank: int = 0, processes: int = 1):
         self.folder = folder
         self.keep = keep
         self.rank = rank
+        self.processes = processes
 
     def steps(self) -> list[int]:
         """Steps of all checkpoints, oldest first."""
@@ -123,6 +145,14 @@ class CheckpointFolder:
         folder = self._unfinished(step)
         folder.mkdir(parents=True, exist_ok=True)
         _save(require_plain(process, "process"), folder / f"process-{self.rank}.pt")
+
+    def write_shared(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write sharded tensors of any shape; every process calls it, before `write` of the first one."""
+        if tensors:
+            folder = self._unfinished(step) / _SHARED
+            folder.mkdir(parents=True, exist_ok=True)
+            write_shared(tensors, folder)
+            _flush(folder)
 
     def write(
         self,
@@ -140,8 +170,9 @@ class CheckpointFolder:
             _save_tensors(average, unfinished / "average.safetensors")
         _save(state, unfinished / "state.pt")
         files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)}
-            for path in sorted(unfinished.iterdir())
+            path.relative_to(unfinished).as_posix(): {"bytes": path.stat().st_size, "sha256": _digest(path)}
+            for path in sorted(unfinished.rglob("*"))
+            if path.is_file()
         }
         document = {"format": FORMAT, "step": step, **summary, "files": files}
         write_durably(unfinished / "checkpoint.json", json.dumps(document, indent=1).encode())
@@ -166,7 +197,8 @@ class CheckpointFolder:
         steps = self.steps()
         for step in reversed(steps):
             try:
-                return self._read(self.path(step))
+                self._verify(self.path(step))
+                return self.read(step)
             except CheckpointError as error:
                 warnings.warn(f"{error}; falling back to the checkpoint before", stacklevel=2)
         if steps:
@@ -194,17 +226,18 @@ class CheckpointFolder:
     def _unfinished(self, step: int) -> Path:
         return self.folder / f"{_UNFINISHED}{step:08d}"
 
-    def _read(self, path: Path) -> Snapshot:
-        try:
+    def read(self, step: int) -> Snapshot:
+        """The checkpoint of a step that is known to be whole.
+
+        Raises:
+            CheckpointError: if it is not.
+        """
+        path = self.path(step)
+        with _damage(path):
             summary = json.loads((path / "checkpoint.json").read_text())
-            if summary["format"] != FORMAT:
-                raise CheckpointError(f"{path}: format {summary['format']}, this version reads {FORMAT}")
-            for name, expected in summary["files"].items():
-                if (path / name).stat().st_size != expected["bytes"] or _digest(path / name) != expected[
-                    "sha256"
-                ]:
-                    raise CheckpointError(f"{path / name}: not what was written")
-            process = path / f"process-{self.rank}.pt"
+            # Another number of processes goes on together, from where the first one stood.
+            same = summary.get("processes", self.processes) == self.processes
+            process = path / f"process-{self.rank if same else 0}.pt"
             return Snapshot(
                 path=path,
                 summary=summary,
@@ -214,22 +247,38 @@ class CheckpointFolder:
                 else None,
                 state=torch.load(path / "state.pt", weights_only=True),
                 process=torch.load(process, weights_only=True) if process.exists() else {},
+                shared=path / _SHARED if (path / _SHARED).is_dir() else None,
             )
-        except CheckpointError:
-            raise
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            RuntimeError,
-            EOFError,
-            UnpicklingError,
-            SafetensorError,
-        ) as error:
-            raise CheckpointError(
-                f"{path}: damaged ({type(error).__name__}: {error})".splitlines()[0]
-            ) from error
+
+    def _verify(self, path: Path) -> None:
+        with _damage(path):
+            summary = json.loads((path / "checkpoint.json").read_text())
+            if summary["format"] != FORMAT:
+                raise CheckpointError(f"{path}: format {summary['format']}, this version reads {FORMAT}")
+            for name, expected in summary["files"].items():
+                size = (path / name).stat().st_size
+                if size != expected["bytes"] or _digest(path / name) != expected["sha256"]:
+                    raise CheckpointError(f"{path / name}: not what was written")
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Whatever a damaged file makes a reader raise, as one error that names the checkpoint."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RuntimeError,
+        EOFError,
+        UnpicklingError,
+        SafetensorError,
+    ) as error:
+        raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error})".splitlines()[0]) from error
 
 
 def require_plain(value: Any, place: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from clipworks.data.source import Skipped
 from clipworks.errors import ConfigError
 
 
@@ -53,6 +54,12 @@ class Feed:
     def state(self) -> Any:
         """The loader's own position, which differs between processes; None where it has none."""
         return self.data.state_dict() if hasattr(self.data, "state_dict") else None
+
+    @property
+    def skipped(self) -> Skipped | None:
+        """What could not be read so far; None where the data does not say."""
+        report = getattr(self.data, "skipped", None)
+        return report if isinstance(report, Skipped) else None
 
     def restore(self, epoch: int, position: int, state: Any) -> None:
         """Go back to where a checkpoint was written."""

@@ -37,6 +37,15 @@ def gather_features(features: dict[str, Any], local: Collection[str] = ()) -> di
     }
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """A picklable value of every process, in their order; every process calls it."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def gather_rows(rows: Tensor) -> Tensor:
     """This process's (B, ...) to all processes' (world * B, ...), differentiable.
 

@@ -2,36 +2,53 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from clipworks.data.source import Skipped
 from clipworks.engine.accumulate import backward_in_parts
 from clipworks.engine.average import Average
 from clipworks.engine.callbacks import Callback, State
-from clipworks.engine.checkpoints import CheckpointFolder, Saving, Snapshot, load_tensors, tensors_once
-from clipworks.engine.device import default_fabric
+from clipworks.engine.carrying import Carrier
+from clipworks.engine.checkpoints import CheckpointFolder, Saving, Snapshot, tensors_once
+from clipworks.engine.device import default_fabric, shares_weights
 from clipworks.engine.feed import Feed
-from clipworks.engine.gather import gather_features
+from clipworks.engine.flops import Utilization
+from clipworks.engine.gather import gather_features, gather_objects
 from clipworks.engine.groups import parameter_groups
+from clipworks.engine.identity import identity_of, require_same
 from clipworks.engine.interruption import Interrupted, polite_end
 from clipworks.engine.meter import Meter
+from clipworks.engine.optimizers import optimizer_of
 from clipworks.engine.precision import resolve
 from clipworks.engine.randomness import (
     own_randomness,
     random_state,
     restore_random_state,
+    seed_all,
     untouched_randomness,
 )
 from clipworks.engine.recipe import Recipe
 from clipworks.engine.schedule import image_size, learning_rate_factor, resize
-from clipworks.engine.stage import Stage, total
+from clipworks.engine.sharding import (
+    apart,
+    average_numbers,
+    clip_gradients,
+    copy_whole,
+    gradient_norm,
+    like_the_first,
+    shard,
+)
+from clipworks.engine.stage import Stage, checkpoint_activations, total
 from clipworks.errors import CheckpointError, ClipworksError, ConfigError, DataError
 
 Resume = Literal["auto"] | bool
@@ -56,7 +73,7 @@ class Training:
         saving: Saving,
         fabric: Any,
     ):
-        fabric = default_fabric() if fabric is None else fabric
+        fabric = default_fabric(recipe.strategy) if fabric is None else fabric
         self.fabric = fabric
         self.recipe = recipe
         self.feed = Feed(data)
@@ -64,14 +81,16 @@ class Training:
         self.saving = saving
         self.initial = clip
         self.objective: Any = objective
-        self.checkpoints = CheckpointFolder(folder / "checkpoints", saving.keep, fabric.global_rank)
+        self.checkpoints = CheckpointFolder(
+            folder / "checkpoints", saving.keep, fabric.global_rank, fabric.world_size
+        )
         self.steps = _steps(recipe, self.feed)
-        self.settings = _settings(objective)
+        self.identity = identity_of(recipe, self.steps, objective)  # before anybody changes the objective
         self.meter = Meter()
 
     def run(self, resume: Resume, watchers: Sequence[Callback]) -> None:
         """Train to the end, from the newest checkpoint where there is one."""
-        self.watchers = watchers if self.fabric.global_rank == 0 else []
+        self.watchers = watchers
         self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
         with own_randomness(self.recipe.seed + self.fabric.global_rank), polite_end() as self.asked_to_stop:
             snapshot = self._find(resume)
@@ -80,10 +99,9 @@ class Training:
             if snapshot is None or not self.state.done:
                 self._call("on_start")
                 self._train()
+                self._report()
                 self._call("on_end")
-            if self.average is not None:
-                self.average.copy_to(self.stage.clip)
-            clip: Any = self.stage.clip.eval()
+            clip = self._finish()
             if self.fabric.global_rank == 0 and hasattr(clip, "save"):
                 clip.save(self.folder / "clip")
             self.fabric.barrier()
@@ -91,47 +109,31 @@ class Training:
             self.seconds = time.monotonic() - self.started
 
     def _find(self, resume: Resume) -> Snapshot | None:
+        """The newest whole checkpoint; the first process looks for it, and all take the same."""
+        snapshot, step, problem = None, None, ""
         if self.fabric.global_rank == 0:
             self.checkpoints.tidy()
             if resume is False:
                 self.checkpoints.clear()
-        self.fabric.barrier()
-        snapshot = self.checkpoints.newest()
-        if snapshot is None:
+            try:
+                snapshot = self.checkpoints.newest()
+            except CheckpointError as error:
+                problem = str(error)
+            step = None if snapshot is None else int(snapshot.summary["step"])
+        step, problem = self.fabric.broadcast((step, problem))
+        if problem:
+            raise CheckpointError(problem)
+        if step is None:
             if resume is True:
                 raise CheckpointError(f"{self.checkpoints.folder}: no checkpoint to resume from")
             return None
-        self._same_training(snapshot)
+        snapshot = snapshot or self.checkpoints.read(step)
+        require_same(self.identity, snapshot.summary, self.folder)
         return snapshot
-
-    def _same_training(self, snapshot: Snapshot) -> None:
-        now = self._identity()
-        before = {name: snapshot.summary[name] for name in now if name in snapshot.summary}
-        for part in ("recipe", "settings"):
-            before |= before.pop(part, {})
-            now |= now.pop(part)
-        # What an older version did not write down is not compared.
-        changed = [name for name in now if name in before and before[name] != now[name]]
-        if changed:
-            changes = ", ".join(f"{name} was {before[name]!r} and is {now[name]!r}" for name in changed)
-            raise ConfigError(
-                f"{self.folder} holds a training with another recipe: {changes}; "
-                "use another folder or resume=False"
-            )
-
-    def _identity(self) -> dict[str, Any]:
-        """What must not change when a training is resumed."""
-        return {
-            "recipe": self.recipe.to_dict(),
-            "total_steps": self.steps,
-            "objective": type(self.objective).__name__,
-            "settings": self.settings,
-            "processes": self.fabric.world_size,
-        }
 
     def _set_up(self, snapshot: Snapshot | None) -> None:
         recipe, fabric = self.recipe, self.fabric
-        clip = self.objective.prepare(self.initial)
+        clip: Any = self.objective.prepare(self.initial)
         clip.train()
         self.objective.train()
         self.precision = (
@@ -139,8 +141,21 @@ class Training:
             if snapshot
             else fabric.broadcast(resolve(recipe.precision, fabric.device))
         )
-        self.stage = Stage(clip, self.objective, self.precision).to(fabric.device)
+        # Sharing weights out changes modules for good. Then a copy is trained, and `whole` shows its weights.
+        self.whole = Stage(clip, self.objective, self.precision)
+        self.sharing = shares_weights(fabric)
+        self.stage = (copy.deepcopy(self.whole) if self.sharing else self.whole).to(fabric.device)
+        clip, self.objective = self.stage.clip, self.stage.objective
+        if self.sharing:
+            like_the_first(self.stage)
         self.average = Average(clip, recipe.ema) if recipe.ema is not None else None
+        if self.sharing and self.average is not None:
+            shard(self.average.module, fabric.strategy.device_mesh["data_parallel"])
+        self.checkpointed = checkpoint_activations(clip) if recipe.checkpoint_activations else []
+        if recipe.compile:
+            for tower in (clip.image, clip.text):
+                getattr(tower, "compile_blocks", tower.compile)()
+        self.module = fabric.setup_module(self.stage)
         groups = getattr(self.objective, "groups", None)
         self.groups = (
             groups(clip)
@@ -149,35 +164,63 @@ class Training:
         )
         for group in self.groups:
             group.setdefault("weight_decay", recipe.weight_decay)
-            group["highest_lr"] = group.pop("lr", recipe.lr)
-        self.optimizer = torch.optim.AdamW(
-            self.groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True
-        )
-        if recipe.compile:
-            for tower in (clip.image, clip.text):
-                getattr(tower, "compile_blocks", tower.compile)()
-        self.module, self.stepper = fabric.setup(self.stage, self.optimizer)
+            group["highest_lr"] = group.pop("lr", recipe.lr) * group.pop("lr_scale", 1.0)
+        self.optimizer = optimizer_of(recipe, apart(self.groups), self.stage)
+        self.stepper = fabric.setup_optimizers(self.optimizer)
+        self.carrier = Carrier(self.stage, self.average, self.optimizer)
+        self.utilization = Utilization(clip, self.precision, fabric.device, fabric.world_size)
+        averaged = self.average is not None and not self.sharing
         self.state = State(
             step=0,
             steps=self.steps,
             folder=self.folder,
             recipe=recipe,
-            clip=self.average.module if self.average is not None else clip,
+            clip=self.average.module if averaged else self.whole.clip,  # type: ignore[union-attr]
         )
+        self.batch_size, self.moved = 0, False
         if snapshot is not None:
             self._restore(snapshot)
 
     def _restore(self, snapshot: Snapshot) -> None:
-        load_tensors(self.stage, snapshot.weights)
+        saved, state, fabric = snapshot.state, self.state, self.fabric
+        self.carrier.give(snapshot)
         if self.average is not None:
-            load_tensors(self.average.module, snapshot.average or {})
-            self.average.updates = snapshot.state["average_updates"]
-        self.optimizer.load_state_dict(snapshot.state["optimizer"])
-        self.state.step = snapshot.summary["step"]
-        self.state.samples = snapshot.state["samples"]
-        self.state.terms = snapshot.state["terms"]
-        self.feed.restore(snapshot.state["epoch"], snapshot.state["position"], snapshot.process["data"])
-        restore_random_state(snapshot.process["random"])
+            self.average.updates = saved["average_updates"]
+        state.step = snapshot.summary["step"]
+        state.samples = saved["samples"]
+        state.terms = saved["terms"]
+        self.feed.restore(saved["epoch"], saved["position"], snapshot.process["data"])
+        if snapshot.summary.get("processes", fabric.world_size) == fabric.world_size:
+            restore_random_state(snapshot.process["random"])
+        else:  # another number of processes: see `training`
+            self.batch_size = saved.get("batch_size", 0)
+            self.moved = self.batch_size > 0
+            seed_all(self.recipe.seed + fabric.global_rank + 1_000_003 * state.step)
+
+    def _report(self) -> None:
+        """Add up what the data could not read, in all processes, and write it down."""
+        reports = [report for report in gather_objects(self.feed.skipped) if report is not None]
+        if reports:
+            self.state.skipped = reduce(Skipped.update, reports, Skipped())
+            if self.fabric.global_rank == 0:
+                (self.folder / "skipped.txt").write_text(f"{self.state.skipped}\n", encoding="utf-8")
+
+    def _finish(self) -> Any:
+        """The trained model, in evaluation mode; its weights are the average where one is kept."""
+        for tower in self.checkpointed:
+            tower.checkpointing = False
+        if self.sharing:
+            copy_whole(tensors_once(self.stage), tensors_once(self.whole))
+            self._show_weights(everywhere=True)
+        elif self.average is not None:
+            self.average.copy_to(self.stage.clip)
+        return self.whole.clip.eval()
+
+    def _show_weights(self, everywhere: bool = False) -> None:
+        """Put shared weights together, for whoever looks at `state.clip`."""
+        shown = self.stage.clip if self.average is None else self.average.module
+        keep = everywhere or self.fabric.global_rank == 0
+        copy_whole(tensors_once(shown), tensors_once(self.whole.clip), keep)
 
     def _train(self) -> None:
         self.finite = torch.ones((), dtype=torch.bool, device=self.fabric.device)
@@ -185,6 +228,9 @@ class Training:
         feed = self.feed
         while not self.state.done:
             self.state.epoch = feed.epoch
+            set_epoch = getattr(self.objective, "set_epoch", None)
+            if set_epoch is not None:
+                set_epoch(feed.epoch)
             with closing(self.meter.waiting_for(feed.rest())) as batches:
                 for batch in batches:
                     feed.position += 1
@@ -203,10 +249,14 @@ class Training:
         recipe, state = self.recipe, self.state
         factor = learning_rate_factor(state.step, self.steps, recipe)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["highest_lr"] * factor
+            group["lr"] = group["highest_lr"] * (factor if group.get("scheduled", True) else 1.0)
+        rows = len(batch) * self.fabric.world_size
+        self._same_batch(rows)
+        side = image_size(state.step, self.steps, recipe)
+        flops = self.utilization.needed(batch, side)
         batch = batch.to(self.fabric.device)
         if recipe.image_sizes and batch.images is not None:
-            batch = replace(batch, images=resize(batch.images, image_size(state.step, self.steps, recipe)))
+            batch = replace(batch, images=resize(batch.images, side))
 
         self.optimizer.zero_grad(set_to_none=True)
         terms = self._backward(batch)
@@ -220,13 +270,25 @@ class Training:
                 self.average.update(self.stage.clip)
 
         state.step += 1
-        state.samples += len(batch) * self.fabric.world_size
+        state.samples += rows
         state.terms, state.gradient_norm, state.lr = terms, norm, recipe.lr * factor
-        self.meter.step(len(batch) * self.fabric.world_size)
+        scale = getattr(self.stage.clip, "scale", None)
+        state.scale = None if scale is None else scale.detach()
+        self.meter.step(rows, flops)
         state.rate, state.waiting = self.meter.rate, self.meter.waiting
+        state.utilization = self.meter.flops_rate / self.utilization.peak
         state.seconds = time.monotonic() - self.started
         self._call("on_step")
         self._save_or_stop()
+
+    def _same_batch(self, rows: int) -> None:
+        """On another number of processes, a step is on as many rows as before."""
+        if self.moved and rows != self.batch_size and not self.feed.at_end:  # the last batch may be smaller
+            raise ConfigError(
+                f"the training was on batches of {self.batch_size} over all processes, and these are of "
+                f"{rows}: keep the global batch when the number of processes changes"
+            )
+        self.moved, self.batch_size = False, max(rows, self.batch_size)
 
     def _backward(self, batch: Any) -> dict[str, Tensor]:
         objective = self.objective
@@ -245,19 +307,21 @@ class Training:
                 local=local,
                 unsynchronized=lambda enabled: self.fabric.no_backward_sync(self.module, enabled),
             )
+        if self.sharing:
+            average_numbers(self.stage.parameters())
         named = {name: term.detach() for name, term in terms.items()}
         return {"loss": total(named)} | {name: term for name, term in named.items() if name != "loss"}
 
     def _check_and_clip(self, terms: dict[str, Tensor]) -> Tensor:
-        parameters = [
-            p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None
+        gradients = [
+            p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None
         ]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        norm = gradient_norm(gradients)
         self.finite &= torch.isfinite(terms["loss"]) & torch.isfinite(norm)
         if self.fabric.device.type == "cpu" or self.state.step % CHECK_EVERY == 0:
             self._require_finite(terms)
         if self.recipe.clip_gradient is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.recipe.clip_gradient, norm)
+            clip_gradients(gradients, self.recipe.clip_gradient, norm)
         return norm
 
     def _require_finite(self, terms: dict[str, Tensor]) -> None:
@@ -281,35 +345,58 @@ class Training:
             raise Interrupted(f"stopped after step {step} of {self.steps}; run again to continue")
 
     def _save(self) -> None:
-        state = self.state
+        state, first = self.state, self.fabric.global_rank == 0
         self._require_finite(state.terms)
         self.checkpoints.write_process(state.step, {"random": random_state(), "data": self.feed.state()})
         self.fabric.barrier()
-        if self.fabric.global_rank == 0:
+        content, shared = self.carrier.take(shared=self.saving.shared, keep=first)
+        self.checkpoints.write_shared(state.step, shared)
+        self.fabric.barrier()
+        if first:
             self.checkpoints.write(
                 state.step,
-                weights=tensors_once(self.stage),
-                average=tensors_once(self.average.module) if self.average is not None else None,
+                weights=content["weights"],
+                average=content["average"],
                 state={
-                    "optimizer": self.optimizer.state_dict(),
+                    "optimizer": content["optimizer"],
                     "average_updates": self.average.updates if self.average is not None else 0,
                     "samples": state.samples,
                     "terms": state.terms,
                     "epoch": self.feed.epoch,
                     "position": self.feed.position,
+                    "batch_size": self.batch_size,
                 },
-                summary={**self._identity(), "precision": self.precision},
+                summary={
+                    **self.identity,
+                    "precision": self.precision,
+                    "processes": self.fabric.world_size,
+                },
             )
         self.fabric.barrier()
         self.saved_at, self.saved_step = time.monotonic(), state.step
         self.meter.pause()
 
     def _call(self, event: str) -> None:
+        shown = self.sharing and (event != "on_step" or self._looked_at())
+        if shown:
+            self._show_weights()
+        if self.fabric.global_rank != 0:
+            return
+        clip = self.state.clip
+        home = next(clip.parameters()).device
         with untouched_randomness():
+            if shown:
+                clip.to(self.fabric.device)
             for watcher in self.watchers:
                 handler = getattr(watcher, event, None)
                 if handler is not None:
                     handler(self.state)
+            if shown:
+                clip.to(home)
+
+    def _looked_at(self) -> bool:
+        """Whether a watcher will look at the weights in this step; the same in every process."""
+        return any(reads(self.state) for w in self.watchers if (reads := getattr(w, "reads_clip", None)))
 
 
 def _steps(recipe: Recipe, feed: Feed) -> int:
@@ -323,13 +410,3 @@ def _steps(recipe: Recipe, feed: Feed) -> int:
     if not feed.length:
         raise DataError("the data has no batch: is the batch larger than the data set?")
     return recipe.epochs * feed.length
-
-
-def _settings(objective: nn.Module) -> dict[str, Any]:
-    """The plain public attributes of an objective, as it was made: they decide what is minimized."""
-    plain = (bool, int, float, str, type(None))
-    return {
-        f"objective.{name}": value
-        for name, value in vars(objective).items()
-        if isinstance(value, plain) and not name.startswith("_") and name != "training"
-    }

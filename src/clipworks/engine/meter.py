@@ -1,4 +1,4 @@
-"""How fast a training runs and how much of the time it waits for data."""
+"""How fast a training runs, how much of the time it waits for data, and how much it computes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 class Meter:
-    """Samples a second and share of waiting over the last `window` steps."""
+    """Samples and operations a second, and the share of waiting, over the last `window` steps."""
 
     def __init__(self, window: int = 50):
-        self.steps: deque[tuple[float, float, int]] = deque(maxlen=window)
+        self.steps: deque[tuple[float, float, int, int]] = deque(maxlen=window)
         self.waited = 0.0
         self.mark = time.perf_counter()
 
@@ -35,10 +35,10 @@ class Meter:
             if close is not None:
                 close()
 
-    def step(self, samples: int) -> None:
-        """A step is over."""
+    def step(self, samples: int, flops: int = 0) -> None:
+        """A step is over; it was on so many samples and needed so many operations."""
         now = time.perf_counter()
-        self.steps.append((now - self.mark, self.waited, samples))
+        self.steps.append((now - self.mark, self.waited, samples, flops))
         self.mark, self.waited = now, 0.0
 
     def pause(self) -> None:
@@ -48,11 +48,17 @@ class Meter:
     @property
     def rate(self) -> float:
         """Samples a second; 0 before the first step."""
-        seconds = sum(seconds for seconds, _, _ in self.steps)
-        return sum(samples for _, _, samples in self.steps) / seconds if seconds else 0.0
+        return self._sum(2) / self._sum(0) if self.steps else 0.0
 
     @property
     def waiting(self) -> float:
         """Share of the time spent waiting for data, 0 to 1."""
-        seconds = sum(seconds for seconds, _, _ in self.steps)
-        return sum(waited for _, waited, _ in self.steps) / seconds if seconds else 0.0
+        return self._sum(1) / self._sum(0) if self.steps else 0.0
+
+    @property
+    def flops_rate(self) -> float:
+        """Operations a second; 0 before the first step."""
+        return self._sum(3) / self._sum(0) if self.steps else 0.0
+
+    def _sum(self, column: int) -> float:
+        return sum(step[column] for step in self.steps)

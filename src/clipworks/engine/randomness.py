@@ -43,13 +43,18 @@ def own_randomness(seed: int) -> Iterator[None]:
     """Seed all generators, and give the caller's state back at the end."""
     before = random_state()
     try:
-        # The one place that may: what models draw from the global generators is the training's.
-        torch.manual_seed(seed)  # noqa: TID251
-        np.random.seed(seed % 2**32)  # noqa: TID251, NPY002
-        random.seed(seed)  # noqa: TID251
+        seed_all(seed)
         yield
     finally:
         restore_random_state(before)
+
+
+def seed_all(seed: int) -> None:
+    """Seed all generators."""
+    # The one place that may: what models draw from the global generators is the training's.
+    torch.manual_seed(seed)  # noqa: TID251
+    np.random.seed(seed % 2**32)  # noqa: TID251, NPY002
+    random.seed(seed)  # noqa: TID251
 
 
 @contextmanager

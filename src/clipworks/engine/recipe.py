@@ -1,4 +1,4 @@
-"""The recipe of a training: everything that decides which weights come out, and nothing else.
+"""The recipe of a training: everything that decides which weights come out, and how they are computed.
 
 Two trainings with equal recipes, data and software give equal weights. How often something is logged or
 saved is not part of it (see `checkpoints.Saving` and `callbacks`).
@@ -19,6 +19,11 @@ from clipworks.core.config import build
 from clipworks.errors import ConfigError, require
 
 Precision = Literal["fp32", "bf16", "auto"]
+Strategy = Literal["ddp", "fsdp2"]
+
+# What says how a step is computed and not which. It may change when a training is resumed: what comes out
+# changes by rounding only.
+HOW = frozenset({"accumulate", "compile", "strategy", "checkpoint_activations"})
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Recipe:
         final_lr: learning rate that the schedule falls to, as a share of `lr`.
         warmup: steps of linear warm-up.
         schedule: `cosine` or `linear` decay after the warm-up, or `constant`.
+        optimizer: `adamw`, or `muon` for the matrices inside the blocks and AdamW for all else.
         betas, eps, weight_decay: of AdamW; the decay applies to matrices only.
         clip_gradient: largest norm of the gradient; None leaves it as it is.
         accumulate: parts into which a batch is cut so that it fits into memory; gradients stay those of
@@ -45,6 +51,10 @@ class Recipe:
         scale_limit: upper bound of `clip.scale` after each step (it is a logarithm); None for none.
         seed: of everything random inside the model and the objective.
         compile: compile the towers.
+        strategy: under `torchrun`, `ddp` keeps the whole model in every process and `fsdp2` shares weights,
+            gradients and optimizer out among them.
+        checkpoint_activations: keep only what enters each block and compute the block once more in the
+            backward pass: less memory for about a third more time.
     """
 
     epochs: int | None = None
@@ -53,6 +63,7 @@ class Recipe:
     final_lr: float = 0.0
     warmup: int = 2000
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    optimizer: Literal["adamw", "muon"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
     weight_decay: float = 0.2
@@ -64,6 +75,8 @@ class Recipe:
     scale_limit: float | None = math.log(100)
     seed: int = 0
     compile: bool = False
+    strategy: Strategy = "ddp"
+    checkpoint_activations: bool = False
 
     def __post_init__(self) -> None:
         for name in ("epochs", "steps"):
@@ -87,6 +100,8 @@ class Recipe:
         for name, allowed in (
             ("precision", ("fp32", "bf16", "auto")),
             ("schedule", ("cosine", "linear", "constant")),
+            ("optimizer", ("adamw", "muon")),
+            ("strategy", ("ddp", "fsdp2")),
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} {getattr(self, name)!r} is none of {', '.join(allowed)}")

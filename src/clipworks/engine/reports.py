@@ -108,6 +108,8 @@ class Bar(Callback):
 
     def on_end(self, state: State) -> None:
         self.progress.stop()
+        if state.skipped is not None and state.skipped.total:
+            self.progress.console.print(state.skipped, markup=False)
 
 
 class Lines(Callback):
@@ -130,6 +132,12 @@ class Lines(Callback):
             sys.stdout.write(line + "\n")
             sys.stdout.flush()
 
+    def on_end(self, state: State) -> None:
+        if state.skipped is not None and state.skipped.total:
+            left_out = json.dumps({"skipped": state.skipped.counts}) if self.form == "json" else state.skipped
+            sys.stdout.write(f"{left_out}\n")
+            sys.stdout.flush()
+
 
 def describe(state: State) -> str:
     """The state in one line for people."""
@@ -139,6 +147,7 @@ def describe(state: State) -> str:
         f"lr {state.lr:.2e}",
         f"{state.rate:.0f}/s",
         f"waiting {state.waiting:.0%}",
+        *([] if math.isnan(state.utilization) else [f"utilization {state.utilization:.0%}"]),
         left,
     ]
     parts += [f"{name} {value:.4g}" for name, value in list(state.metrics.items())[:3]]

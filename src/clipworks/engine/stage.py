@@ -7,14 +7,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from clipworks.core.towers import Tower
 from clipworks.engine.precision import computing
+from clipworks.errors import ConfigError
 
 
 class Objective(Protocol):
     """What `fit` asks of an objective; `methods/pretrain/base.py` states it in full.
 
     Optional besides: `local` (names of entries that are not gathered), `groups(clip)` (groups for the
-    optimizer), `backward(terms)` (in place of the backward pass of the terms' sum).
+    optimizer), `backward(terms)` (in place of the backward pass of the terms' sum), `set_epoch(epoch)`
+    (called when an epoch begins or goes on).
     """
 
     def prepare(self, clip: nn.Module) -> nn.Module:
@@ -52,6 +55,25 @@ def total(terms: dict[str, Tensor]) -> Tensor:
     return terms["loss"] if "loss" in terms else torch.stack(list(terms.values())).sum()
 
 
+def checkpoint_activations(clip: nn.Module) -> list[Tower]:
+    """Let the towers of a model recompute their blocks in the backward pass; gives back those it changed.
+
+    Raises:
+        ConfigError: if none of them can.
+    """
+    towers = [module for module in clip.modules() if isinstance(module, Tower)]
+    if not towers:
+        raise ConfigError("checkpoint_activations: the model has no tower whose blocks could be recomputed")
+    changed = [tower for tower in towers if not tower.checkpointing]
+    for tower in changed:
+        tower.checkpointing = True
+    return changed
+
+
 def _full(value: Any) -> Any:
-    half = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
-    return value.float() if half else value
+    if not isinstance(value, Tensor):
+        return value
+    if value.requires_grad and (value.is_leaf or value._is_view()):
+        # Wrappers hang a hook on every output: on a parameter they would pile up, on a view they may be lost.
+        value = value.clone()
+    return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value

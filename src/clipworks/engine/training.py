@@ -7,10 +7,17 @@ training's folder then holds
     checkpoints/     see `checkpoints`
     log.csv          loss, learning rate and speed
     loss.png         the same, drawn
+    skipped.txt      what the data could not read
     clip/            the trained model, as `Clip.save` writes it
 
 Killed at any moment and started again with the same arguments, it continues and ends with the same
 weights, bit for bit on a CPU in fp32.
+
+On another number of processes it continues as follows. The global batch must stay what it was. Weights,
+average, optimizer, step and schedule are those of the checkpoint. A loader with random access gives the very
+batches that it would have given; a stream, whose readers each stand somewhere else, begins its next turn.
+Random numbers (dropout) are drawn anew, from the seed, the process and the step. So a training without
+dropout on data with random access ends with the same weights, up to rounding.
 """
 
 from __future__ import annotations
@@ -24,6 +31,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from clipworks.data.source import Skipped
 from clipworks.engine.callbacks import Callback
 from clipworks.engine.checkpoints import Saving
 from clipworks.engine.interruption import Interrupted
@@ -49,6 +57,8 @@ class Result:
         loss: the last loss.
         metrics: the last evaluations.
         seconds: time spent by this process; less than the training's if it was resumed.
+        skipped: what the data could not read, in all processes; None where it does not say, or where the
+            training had already ended.
         folder: where everything lies.
     """
 
@@ -59,6 +69,7 @@ class Result:
     metrics: dict[str, float]
     seconds: float
     folder: Path
+    skipped: Skipped | None = None
 
 
 def fit(
@@ -90,8 +101,8 @@ def fit(
         saving: when checkpoints are written.
         show: a progress `bar`, lines of `text` or `json`, or `nothing`; `auto` is a bar on a terminal
             and text elsewhere.
-        fabric: a launched `lightning.fabric.Fabric`; by default one device in this
-            process, or under `torchrun` all processes with DDP.
+        fabric: a launched `lightning.fabric.Fabric`; by default one device in this process, or under
+            `torchrun` all processes with the strategy of the recipe (see `device`).
 
     Raises:
         ConfigError: for a recipe without length, or one that is not that of the checkpoint.
@@ -130,6 +141,7 @@ def _result(training: Training) -> Result:
         metrics=dict(state.metrics),
         seconds=training.seconds,
         folder=training.folder,
+        skipped=state.skipped,
     )
 
 
