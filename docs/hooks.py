@@ -1,4 +1,4 @@
-"""What mkdocs makes when it builds the site: register, proofs' pages, list of guides, reference.
+"""What mkdocs makes when it builds the site: register, pages of proofs, list of guides, sheets, reference.
 
 None of it is written by hand, so none of it can lag behind: the register's table comes from
 `clipworks.papers`, a proof's page from its JSON, the reference from the docstrings.
@@ -7,9 +7,11 @@ None of it is written by hand, so none of it can lag behind: the register's tabl
 from __future__ import annotations
 
 import ast
+import io
 import json
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +53,25 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     }
     for place, content in pages.items():
         files.append(File.generated(config, place, content=content))
+    for name, sheet in world_sheets():
+        files.append(File.generated(config, f"guides/world-{name}.png", content=sheet))
     return files
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Put the list of guides where its page asks for it."""
     return markdown.replace(GUIDES, "\n".join(f"- [{title}]({path.name})" for path, title in guides()))
+
+
+def world_sheets() -> Iterator[tuple[str, bytes]]:
+    """Every kind of the generated world with its sheet as PNG, for the guide that shows them."""
+    if (DOCS / "guides" / "world.md").is_file():
+        from clipworks.data.world.kinds import kind, kinds
+
+        for name in kinds():
+            sheet = io.BytesIO()
+            kind(name).preview(12, 0, 128).save(sheet, format="PNG")
+            yield name, sheet.getvalue()
 
 
 def guides() -> list[tuple[Path, str]]:

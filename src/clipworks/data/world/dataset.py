@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -108,6 +109,62 @@ class WorldScenes:
             return self.class_names.index(f"{main.color} {main.shape}")
         of = scene if self.label in ("background", "style") else main
         return self.class_names.index(getattr(of, self.label))
+
+
+class WorldCaptions:
+    """Scenes with many true captions each, all under `alt`: what a model learns the world's words from.
+
+    Args:
+        config, seed, length, size: as `WorldScenes` has them.
+        languages: languages other than English in which captions are added.
+
+    Half of the captions are short descriptions and rewrites of them, some naming the style; the others are
+    web-like texts, relations, and short descriptions in the other languages.
+    """
+
+    def __init__(
+        self,
+        config: scenes.SceneConfig | None = None,
+        seed: int = 0,
+        length: int = 10_000,
+        size: int = 64,
+        *,
+        languages: Sequence[str] = ("de", "fr", "zh"),
+    ) -> None:
+        check_names("languages", tuple(languages), LANGUAGES)
+        self.scenes = WorldScenes(config, seed, length, size, sources=())
+        self.languages = tuple(language for language in languages if language != "en")
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int, /) -> Example:
+        example = self.scenes[index]
+        return dataclasses.replace(example, texts={"alt": self._captions(example.extra["scene"])}, extra={})
+
+    @property
+    def labels(self) -> None:
+        """None: a scene is of no one class."""
+        return None
+
+    @cached_property
+    def captions(self) -> list[list[str]]:
+        """The captions of up to 5,000 scenes, without rendering them; for training a tokenizer."""
+        return [self._captions(self.scenes.scene(i)) for i in range(min(5000, len(self)))]
+
+    def _captions(self, scene: scenes.Scene) -> list[str]:
+        texts = [
+            captions.describe(scene, "short", seed=0),
+            captions.describe(scene, "short", seed=1),
+            captions.describe(scene, "short", seed=2, styled=True),
+            captions.describe(scene, "rewrite", seed=3),
+            captions.describe(scene, "alt", seed=4),
+            captions.describe(scene, "relation", seed=5),
+        ]
+        return texts + [
+            captions.describe(scene, "short", language, seed=6 + number)
+            for number, language in enumerate(self.languages)
+        ]
 
 
 def _class_names(config: scenes.SceneConfig, label: str) -> tuple[str, ...]:

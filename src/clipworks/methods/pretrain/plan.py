@@ -19,7 +19,7 @@ import importlib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,6 +59,7 @@ class SourcePlan:
         hold_out: class indices left out, `"9::10"` or `"3,5"`.
         languages: for `emoji` and `world`.
         examples: for `world`, how many scenes there are.
+        scenes: for `world`, which scenes; settings of its `SceneConfig`, one to three things if not said.
     """
 
     kind: Literal["tiny-imagenet", "labeled", "emoji", "captioned", "world"]
@@ -69,6 +70,7 @@ class SourcePlan:
     hold_out: str = ""
     languages: tuple[str, ...] = ("en", "de", "fr", "es", "zh")
     examples: int = 100_000
+    scenes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -156,9 +158,13 @@ def open_source(plan: SourcePlan, root: Path) -> Source:
         return sets.emoji(folder, plan.languages, held_out=plan.split != "train")
     if plan.kind == "captioned":
         return sets.captioned(folder, plan.split)
-    from clipworks.data.world.dataset import WorldScenes
+    from clipworks.data.world.dataset import WorldCaptions
+    from clipworks.data.world.scenes import SceneConfig
+    from clipworks.data.world.words import LANGUAGES
 
-    return WorldScenes(length=plan.examples, languages=plan.languages)
+    config = build(SceneConfig, {"count": [1, 3], **plan.scenes})
+    spoken = [language for language in plan.languages if language in LANGUAGES]
+    return WorldCaptions(config, length=plan.examples, languages=spoken)
 
 
 def open_sources(plan: Plan, root: Path) -> list[Source]:
