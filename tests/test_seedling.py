@@ -62,14 +62,14 @@ def test_accuracy_on_real_photographs_is_far_above_chance(seedling: clipworks.Cl
     source, texts = labeled_set(str(folder / "val-000.parquet"), folder / "classes.json")
     batches, _ = labeled_batches(seedling, Selected(source, range(0, len(source), 10)))
     found = zero_shot(seedling, batches, texts)
-    # The card says 17.2 % and 41.1 % on all pictures; these are a tenth of them. Chance is 0.5 % and 2.5 %.
-    assert found.top1 > 0.14
-    assert found.top5 > 0.37
+    # The card's figures are of all pictures; these are a tenth of them. Chance is 0.5 % and 2.5 %.
+    assert found.top1 > 0.27
+    assert found.top5 > 0.5
 
 
 def test_emoji_never_seen_are_found_by_name(seedling: clipworks.Clip, shelf: Path) -> None:
     from clipworks.evaluate.sets import emoji_retrieval
 
     (row,) = emoji_retrieval(seedling, shelf / "noto-emoji", ["en"])
-    # The card says 33.3 %; chance is 7.1 %.
-    assert row["recall@10"] > 0.25
+    # Chance is 7.1 %; the card has the figure.
+    assert row["recall@10"] > 0.3
