@@ -21,26 +21,60 @@ import torch.distributed as dist
 from tests.contracts import broken
 from torch import Tensor
 
+from clipworks.core.clip import Clip
+from clipworks.core.config import Config, TextConfig, VisionConfig, uniform_blocks
 from clipworks.core.tokenizer import Tokens
 from clipworks.data.batch import Batch
 from clipworks.engine.accumulate import backward_in_parts
 from clipworks.engine.randomness import own_randomness, untouched_randomness
 from clipworks.engine.stage import Stage, total
+from clipworks.methods.pretrain.alip import Alip
 from clipworks.methods.pretrain.base import Objective
 from clipworks.methods.pretrain.clip import ClipObjective
+from clipworks.methods.pretrain.cloob import CLOOB
+from clipworks.methods.pretrain.laclip import LaClip
+from clipworks.methods.pretrain.longclip import LongClip
+from clipworks.methods.pretrain.m2mix import M2Mix, SingleMix
 from clipworks.methods.pretrain.plan import objective_named
+from clipworks.methods.pretrain.tinyclip import AffinityMimicking, InheritanceMasks
 from clipworks.papers import register
 
 Make = Callable[[], Objective]
 ClipOf = Callable[[int], Any]
 SOURCES = ("alt", "synthetic", "short", "long", "rewrite")
 
+
+def teacher() -> Clip:
+    """A frozen model for methods that imitate one, of another width than the student."""
+    blocks = uniform_blocks(1, 32, 2)
+    return Clip.from_config(
+        Config(8, VisionConfig(16, 8, 32, blocks), TextConfig(12, 64, 32, blocks)), seed=7
+    )
+
+
 # Forms of a method other than the one with default options.
 FORMS: dict[str, dict[str, Make]] = {
+    "alip": {"batch": lambda: Alip(start="batch", fresh=True)},
     "clip": {
         "fresh": lambda: ClipObjective(fresh=True),
         "sigmoid": lambda: ClipObjective("sigmoid", fresh=True),
-    }
+    },
+    "cloob": {"unscaled": lambda: CLOOB(14.3, 14.3, scaled=False)},
+    "laclip": {"all": lambda: LaClip("all", fresh=True)},
+    "longclip": {
+        "default": lambda: LongClip(components=3),  # of 32 there are too many in a batch of seven
+        "plain": lambda: LongClip(components=None, keep=2, ratio=2),
+        "groups": lambda: LongClip(components=1, component_group=4, short_weight=0.5),
+    },
+    "m2mix": {
+        "m3": lambda: M2Mix(single=SingleMix()),
+        "first": lambda: M2Mix(0.05, temperature=0.05, fade=False, single=SingleMix(pair_target="first")),
+    },
+    "tinyclip": {
+        "default": lambda: AffinityMimicking(teacher()),
+        "both": lambda: AffinityMimicking(teacher(), alpha=0.5),
+        "masks": lambda: InheritanceMasks(AffinityMimicking(teacher()), 0.5, start=0.2),
+    },
 }
 
 

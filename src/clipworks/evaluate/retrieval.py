@@ -64,3 +64,30 @@ def pair_recall(
     return {f"text_to_image_{k}": v for k, v in forth.items()} | {
         f"image_to_text_{k}": v for k, v in back.items()
     }
+
+
+def average_precision(similarity: Tensor, matches: Tensor) -> Tensor:
+    """The mean, over a query's matches, of the precision at the rank of each; the whole gallery is ranked.
+
+    Args:
+        similarity: (n, m) of n queries with m things.
+        matches: (n, m) bool, what belongs to each query; at least one each. Leave out a query that is in the
+            gallery itself by a similarity of -inf, which counts neither as a match nor before one.
+
+    Returns:
+        (n,) fp32 in [0, 1]; its mean is mAP. Of things with equal similarity the first in the gallery counts
+        as ranked first.
+
+    Raises:
+        ShapeError: if the shapes differ or a query has no match.
+    """
+    if similarity.shape != matches.shape or matches.dtype != torch.bool:
+        raise ShapeError(
+            f"matches must be bool {tuple(similarity.shape)}, not {matches.dtype} {tuple(matches.shape)}"
+        )
+    order = similarity.argsort(dim=1, descending=True, stable=True)
+    found = (matches & (similarity > float("-inf"))).gather(1, order).float()
+    if not found.any(dim=1).all():
+        raise ShapeError("a query has no match in the gallery")
+    places = torch.arange(1, found.shape[1] + 1, device=found.device)
+    return (found.cumsum(dim=1) / places * found).sum(dim=1) / found.sum(dim=1)

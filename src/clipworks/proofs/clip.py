@@ -13,7 +13,6 @@ shown in training; or with `data`, a folder of Tiny-ImageNet, of which each seed
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,29 +24,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipworks.core.clip import Clip
-from clipworks.core.config import Config, StemStage, TextConfig, TokenizerConfig, VisionConfig, uniform_blocks
-from clipworks.core.tokenizer import FileTokenizer, train_tokenizer
+from clipworks.core.tokenizer import FileTokenizer
 from clipworks.data.batch import Batch
 from clipworks.data.captions import ClassTexts, class_names, draw_text
-from clipworks.data.loader import Loader, Reading
 from clipworks.data.randomness import Draws
 from clipworks.data.sets import tiny_imagenet
 from clipworks.data.source import Example, Examples, Source
 from clipworks.data.world.dataset import WorldScenes
 from clipworks.data.world.scenes import SceneConfig
-from clipworks.engine import Recipe, Saving, fit
 from clipworks.errors import DataError
-from clipworks.evaluate.zeroshot import labeled_batches, zero_shot
+from clipworks.evaluate.zeroshot import labeled_batches
 from clipworks.methods.pretrain.base import Objective
 from clipworks.methods.pretrain.clip import ClipObjective
 from clipworks.parts.contrastive import Form
 from clipworks.proofs.base import Budget, Outcome, Proof
+from clipworks.proofs.laboratory import classify, fresh_clip, recipe_for, tokenizer_of, train
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "house", "fish")
 COLORS = ("red", "yellow", "green", "blue", "purple", "white", "brown", "black")
 TIMES_CHANCE = 3
 SEEN = 0.75  # the share of classes whose captions are shown
-CONTEXT = 32
 
 
 @dataclass(frozen=True)
@@ -74,7 +70,7 @@ class Size:
 
 
 SIZES: dict[Budget, Size] = {
-    "small": Size(3000, 800, 24_000, 96, (), width=96, depth=3, classes=20),
+    "small": Size(3000, 800, 48_000, 96, (), width=96, depth=3, classes=20),
     "full": Size(20_000, 4000, 400_000, 256, (16, 256), width=192, depth=5, classes=100),
 }
 
@@ -100,14 +96,13 @@ def run(seed: int, budget: Budget, data: Path | None) -> Outcome:
 def experiment(seed: int, size: Size, data: Path | None = None) -> Outcome:
     """The experiment at any size."""
     pictures = world(seed, size) if data is None else photographs(seed, size, data)
-    tokenizer = train_tokenizer(_captions(pictures.train, seed), 1024, context_length=CONTEXT)
+    tokenizer = tokenizer_of(_captions(pictures.train, seed))
     chance = 1 / len(pictures.classes)
 
-    model, batch_size = fresh(tokenizer, size, seed), size.batch_size
-    clip = train(model, ClipObjective(fresh=True), pictures, size, batch_size, seed)
-    seen, unseen = (_zero_shot(clip, part, pictures.classes) for part in (pictures.seen, pictures.unseen))
+    clip = learn(tokenizer, ClipObjective(fresh=True), pictures, size, size.batch_size, seed)
+    seen, unseen = (classify(clip, part, pictures.classes) for part in (pictures.seen, pictures.unseen))
     supervised = Supervised(len(pictures.classes), clip.width, seed)
-    labeled = train(fresh(tokenizer, size, seed), supervised, pictures, size, batch_size, seed)
+    labeled = learn(tokenizer, supervised, pictures, size, size.batch_size, seed)
     details: dict[str, Any] = {
         "chance": chance,
         "unseen_names": unseen,
@@ -116,9 +111,9 @@ def experiment(seed: int, size: Size, data: Path | None = None) -> Outcome:
     for batch_size in size.batch_sizes:
         forms: tuple[Form, ...] = ("softmax", "sigmoid")
         for form in forms:
-            model = fresh(tokenizer, size, seed, form)
-            trained = train(model, ClipObjective(form, fresh=True), pictures, size, batch_size, seed)
-            details[f"{form}_batch_{batch_size}"] = _zero_shot(trained, pictures.seen, pictures.classes)
+            objective = ClipObjective(form, fresh=True)
+            trained = learn(tokenizer, objective, pictures, size, batch_size, seed, form)
+            details[f"{form}_batch_{batch_size}"] = classify(trained, pictures.seen, pictures.classes)
     return Outcome(baseline=TIMES_CHANCE * chance, method=seen, details=details)
 
 
@@ -148,45 +143,20 @@ class Supervised(Objective):
         return {"cross_entropy": F.cross_entropy(features["logits"].float(), features["label"])}
 
 
-def fresh(tokenizer: FileTokenizer, size: Size, seed: int, form: Form = "softmax") -> Clip:
-    """A CLIP with the paper's initial weights for pictures of 32 pixels."""
-    blocks = uniform_blocks(size.depth, size.width, heads=max(1, size.width // 32))
-    stem = tuple(StemStage(max(8, size.width // part)) for part in (4, 2, 1))
-    config = Config(
-        width=size.width,
-        image=VisionConfig(image_size=32, patch_size=8, width=size.width, blocks=blocks, stem=stem),
-        text=TextConfig(CONTEXT, tokenizer.vocab_size, size.width, blocks),
-        sigmoid=form == "sigmoid",
-        tokenizer=TokenizerConfig(kind="file", fingerprint=tokenizer.fingerprint()),
-    )
-    return Clip.from_config(config, tokenizer, seed=seed)
-
-
-def train(
-    clip: Clip, objective: Objective, pictures: Pictures, size: Size, batch_size: int, seed: int
+def learn(
+    tokenizer: FileTokenizer,
+    objective: Objective,
+    pictures: Pictures,
+    size: Size,
+    batch_size: int,
+    seed: int,
+    form: Form = "softmax",
 ) -> Clip:
-    """Train on `size.samples` examples; the learning rate falls with the square root of the batch size."""
-    steps = max(1, size.samples // batch_size)
-    recipe = Recipe(
-        steps=steps,
-        warmup=min(100, max(1, steps // 10)),
-        lr=1e-3 * (batch_size / 256) ** 0.5,
-        weight_decay=0.1,
-        betas=(0.9, 0.98),
-        precision="fp32",
-        seed=seed,
-    )
-    loader = Loader(
-        pictures.train,
-        clip.preprocessing,
-        clip.tokenizer,
-        batch_size,
-        seed=seed,
-        reading=Reading(workers=1, cache="memory"),
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        fit(clip, objective, loader, recipe, folder=folder, saving=Saving(minutes=None), show="nothing")
-    return clip
+    """A CLIP for pictures of 32 pixels, from its initial weights trained on `size.samples` examples."""
+    clip = fresh_clip(tokenizer, seed, width=size.width, depth=size.depth, sigmoid=form == "sigmoid")
+    lr = 3e-3 * (batch_size / 256) ** 0.5
+    recipe = recipe_for(max(1, size.samples // batch_size), batch_size, seed, lr=lr, optimizer="muon")
+    return train(clip, objective, pictures.train, recipe, batch_size)
 
 
 @torch.no_grad()
@@ -253,10 +223,6 @@ def photographs(seed: int, size: Size, data: Path) -> Pictures:
         unseen=some(test, range(kept, len(chosen)), size.test),
         classes=replace(test.classes, templates=("a photo of {a} {}.",)),
     )
-
-
-def _zero_shot(clip: Clip, source: Source, classes: ClassTexts) -> float:
-    return zero_shot(clip, labeled_batches(clip, source, workers=1)[0], classes).top1
 
 
 def _captions(source: Source, seed: int) -> Iterable[str]:

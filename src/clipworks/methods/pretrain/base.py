@@ -13,11 +13,12 @@ An objective is an `nn.Module` with three verbs, handed to `clipworks.engine.fit
   the entry `loss` alone if there is one. Computed in fp32.
 
 It may also have `groups(clip)`, a list of groups for the optimizer (`params`, and `lr` and `weight_decay`
-where they differ from the recipe's) in place of weight decay on matrices only, and `backward(terms)`, in
-place of the backward pass of the terms' sum. It never calls a collective, never steps, and draws random
-numbers only in `features`, from torch's generator. What it learns or counts is in parameters and buffers, so
-that checkpoints hold it; learned numbers that `loss` needs travel as 0-D entries, and larger tensors are
-used in `features`, where gradients are synchronized.
+where they differ from the recipe's, or `lr_scale`, a factor of it; `scheduled=False` for an `lr` that stays)
+in place of weight decay on matrices only, `backward(terms)`, in place of the backward pass of the terms' sum,
+and `set_epoch(epoch)`, called when an epoch begins or goes on, with its number from 0. It never calls a
+collective, never steps, and draws random numbers only in `features`, from torch's generator. What it learns
+or counts is in parameters and buffers, so that checkpoints hold it; learned numbers that `loss` needs travel
+as 0-D entries, and larger tensors are used in `features`, where gradients are synchronized.
 
 Every objective of the family is finite on a batch of pairs, gives gradients to every parameter it does not
 freeze, does not depend on the order of the pairs, and gives the same gradients when the batch is cut into
