@@ -24,7 +24,7 @@ from clipworks.errors import ClipworksError, nearest
 COMMANDS = {
     "Use": ("classify", "index", "segment", "predict", "serve", "export", "models", "demo"),
     "Train": ("fit", "pretrain", "finetune"),
-    "Research": ("papers", "prove", "audit", "bench", "world"),
+    "Research": ("papers", "prove", "audit", "bench", "curate", "world"),
 }
 BAD_INPUT, INTERRUPTED = 2, 130
 
