@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from clipworks.cli import console
-from clipworks.cli.console import DeviceOption, JsonOption, ModelOption, PrecisionOption
+from clipworks.cli.console import Command, DeviceOption, JsonOption, ModelOption, PrecisionOption
 from clipworks.errors import ConfigError, DataError
 
 app = typer.Typer(no_args_is_help=True, help="Measure a model on a set.")
@@ -119,3 +119,129 @@ def retrieval(
     for row in rows:
         table.add_row(str(row["texts"]), str(row["pictures"]), *(f"{row[key]:.1%}" for key in measures))
     console.show(table)
+
+
+@app.command()
+def world(
+    model: ModelOption = console.SEEDLING,
+    language: Annotated[list[str] | None, typer.Option(metavar="CODE...", help="en de fr zh.")] = None,
+    count: Annotated[int, typer.Option(min=10, help="Scenes for each question.")] = 1000,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Name attributes of generated scenes, and tell their captions from swapped ones.
+
+    Example: clipworks bench world --model seedling --language en de
+    """
+    from clipworks.data.world.words import check_language
+    from clipworks.evaluate.world import report
+
+    languages = tuple(language or ("en",))
+    for code in languages:
+        check_language(code)
+    clip = console.load_clip(model, device)
+    rows = []
+    with console.progress("asking") as advance:
+        for row in report(clip, languages, count):
+            rows.append({"model": model, **row})
+            advance(len(rows), 6 * len(languages) + 2)
+    if as_json:
+        console.print_json(rows)
+        return
+    table = console.make_table("what", "language", ">accuracy", ">chance", title=f"The world, {model}")
+    for row in rows:
+        table.add_row(row["what"], row["language"], f"{row['accuracy']:.1%}", f"{row['chance']:.1%}")
+    console.show(table)
+
+
+@app.command(cls=Command)
+def adapt(
+    methods: Annotated[
+        list[str],
+        typer.Option(metavar="METHOD...", help="zero-shot linear-probe coop gda …; `all` is every one."),
+    ],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="A folder with train/ and test/, or with a folder a class; Parquet; a set of CoOp's; "
+            "world:STYLE for generated pictures."
+        ),
+    ],
+    shots: Annotated[
+        list[int] | None, typer.Option(metavar="SHOTS...", help="Labeled pictures a class; 1 2 4 8 16.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many draws, seeds 1, 2, 3 …")] = 3,
+    base_to_new: Annotated[
+        bool, typer.Option("--base-to-new", help="Fit to half of the classes, measure on both halves.")
+    ] = False,
+    out: Annotated[
+        Path, typer.Option(help="Folder of runs, features, table and plot; it is gone on with.")
+    ] = Path("comparison"),
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="METHOD.NAME=VALUE...", help="Settings: coop.epochs=20."),
+    ] = None,
+    model: ModelOption = console.SEEDLING,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Compare methods that adapt a Clip: same shots, same seeds, same features.
+
+    Runs that are there already are not computed again. Table, JSON, CSV and a plot are left in --out.
+
+    Example: clipworks bench adapt --methods zero-shot linear-probe --data shots/ --shots 1 4 16
+    """
+    from clipworks.cli.fit import read_settings
+    from clipworks.data.splits import halved, open_splits
+    from clipworks.methods.adapt import comparison
+    from clipworks.methods.adapt.base import method_named
+    from clipworks.methods.adapt.base import methods as all_methods
+
+    names = sorted(all_methods()) if methods == ["all"] else list(methods)
+    chosen: dict[str, dict[str, Any]] = {}
+    for one in settings or []:
+        name, dot, setting = one.partition(".")
+        if not dot:
+            raise ConfigError(f"--set takes METHOD.NAME=VALUE, not {one!r}")
+        chosen.setdefault(name, {}).update(read_settings(method_named(name), [setting]))
+    clip = console.load_clip(model, device)
+    splits = halved(open_splits(data, size=clip.preprocessing.image_size))
+    with console.progress("comparing") as advance:
+        runs = comparison.compare(
+            clip,
+            comparison.gather(data, splits),
+            names,
+            shots or [1, 2, 4, 8, 16],
+            range(1, seeds + 1),
+            out,
+            settings=chosen,
+            halves=base_to_new,
+            advance=lambda done, total: advance(done, total),
+        )
+    rows = comparison.summarize(runs)
+    written = comparison.write(rows, runs, out)
+    if as_json:
+        console.print_json(rows)
+        return
+    measures = ("base", "new", "harmonic") if base_to_new else ("accuracy",)
+    table = console.make_table(
+        "method",
+        ">shots",
+        *(f">{measure}" for measure in measures),
+        ">parameters",
+        ">encode, s",
+        ">fit, s",
+        title=f"{data}, {model}, mean ± deviation over seeds",
+    )
+    for row in rows:
+        cells = [f"{row[name]:.1%} ± {row[f'{name}_deviation']:.1%}" for name in measures]
+        table.add_row(
+            row["method"],
+            str(row["shots"] or "none"),
+            *cells,
+            f"{row['parameters']:,}",
+            f"{row['encode_seconds']:.1f}",
+            f"{row['fit_seconds']:.2f}",
+        )
+    console.show(table)
+    console.note(f"written: {', '.join(str(path) for path in written)}")
