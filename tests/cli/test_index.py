@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,15 +49,15 @@ def answer(*args: str) -> dict[str, Any]:
 
 def test_a_build_says_what_it_did_and_the_next_one_that_nothing_was_to_do(pictures: Path, model: str) -> None:
     said = answer("build", "pictures", "--model", model)
-    assert {key: said[key] for key in ("pictures", "embedded", "reused", "unchanged", "removed")} == {
-        "pictures": 4, "embedded": 4, "reused": 0, "unchanged": 0, "removed": 0,
+    assert {key: said[key] for key in ("items", "embedded", "reused", "unchanged", "removed")} == {
+        "items": 4, "embedded": 4, "reused": 0, "unchanged": 0, "removed": 0,
     }  # fmt: skip
     assert said["model"] == model
     assert [set(one) for one in said["skipped"]] == [{"path", "reason"}]
     again = answer("build", "pictures")
     assert (again["embedded"], again["unchanged"]) == (0, 4)
     line = run("build", "pictures")
-    assert line.stdout.startswith("clipworks-index: 4 pictures; 0 embedded, 0 reused, 4 unchanged, 0 removed")
+    assert line.stdout.startswith("clipworks-index: 4 items; 0 embedded, 0 reused, 4 unchanged, 0 removed")
     assert line.stderr.startswith("skipped 1 of 5: ")
 
 
@@ -66,7 +67,7 @@ def test_a_query_by_words_or_by_picture_prints_ranked_hits(pictures: Path, model
     assert said["query"] == "a cat"
     assert len(said["hits"]) == 3
     assert [set(hit) for hit in said["hits"]] == [
-        {"path", "score", "width", "height", "caption", "digest"}
+        {"path", "score", "width", "height", "caption", "digest", "kind", "fields"}
     ] * 3
     scores = [hit["score"] for hit in said["hits"]]
     assert scores == sorted(scores, reverse=True)
@@ -89,7 +90,9 @@ def test_the_sheet_holds_the_hits(pictures: Path, model: str) -> None:
 def test_info_says_what_the_index_holds(pictures: Path, model: str) -> None:
     run("build", "pictures", "--model", model)
     said = answer("info")
-    assert set(said) == {"path", "pictures", "model", "fingerprint", "width", "bytes"}
+    assert set(said) == {
+        "path", "pictures", "texts", "model", "fingerprint", "width", "fields", "bytes", "neighbors",
+    }  # fmt: skip
     assert (said["pictures"], said["model"], said["width"]) == (4, model, 16)
     assert said["bytes"] > 0
     assert "vector width" in run("info").stdout
@@ -112,10 +115,18 @@ def test_a_model_given_by_a_path_is_found_from_another_folder(
         (["build", "pictures", "--model", "other"], "their vectors cannot be compared"),
         (["build", "pictures", "--model", "seedlin"], "'seedlin'"),
         (["build", "pictures", "--index", "pictures"], "something is there already"),
-        (["build"], "FOLDER"),
+        (["build"], "PLACE"),
         (["query", "a cat", "--index", "none"], "none: no index there"),
-        (["query"], "give either words to look for, or --image"),
-        (["query", "a cat", "--image", "pictures/0.png"], "give either words to look for, or --image"),
+        (["query"], "give words to look for, --image FILE, or both"),
+        (["query", "a cat", "--queries", "q.txt"], "or --queries FILE alone"),
+        (["query", "--queries", "q.txt"], "q.txt: cannot be read"),
+        (["query", "--queries", "q.txt", "--inverted"], "--inverted and --sheet are for one query"),
+        (["query", '"a cat" - a dog'], "cannot be read from '- a dog' on"),
+        (["query", "a cat", "--kind", "sound"], "--kind must be image, text or both, not 'sound'"),
+        (["query", "a cat", "--inverted"], "inversion is for pictures that look for pictures"),
+        (["duplicates", "--threshold", "2"], "the threshold is a cosine"),
+        (["export", "x.parquet", "--where", "weight > 3"], "weight"),
+        (["export", "pictures"], "pictures: cannot be written"),
         (["query", " "], "the query is empty"),
         (["query", "--image", "none.png"], "none.png: no such"),
         (["query", "--image", "pictures/text.jpg"], "text.jpg: not a picture"),
@@ -147,3 +158,59 @@ def test_a_build_of_what_is_not_there_makes_no_index(pictures: Path, model: str)
     for folder in ("none", "empty", "*.webp"):
         assert run("build", folder, "--model", model).exit_code == 2
         assert not Path("clipworks-index").exists()
+
+
+def test_tables_texts_and_many_queries(pictures: Path, model: str) -> None:
+    table = pictures / "captions.csv"
+    table.write_text("file_name,caption,year\n0.png,a red thing,2001\n1.png,a blue thing,2002\n")
+    assert answer("build", str(table), "--texts", "--model", model)["embedded"] == 4
+    (hit,) = answer("query", "a cat", "--where", "year = 2002")["hits"]
+    assert (hit["path"], hit["fields"]) == (str(pictures / "1.png"), {"year": 2002})
+    found = answer("query", "a blue thing", "--kind", "text", "--k", "1")["hits"][0]
+    assert (found["kind"], found["caption"]) == ("text", "a blue thing")
+    assert "a blue thing" in run("query", "a blue thing", "--kind", "both").stdout
+    Path("queries.txt").write_text('a cat\n\n"a dog" - "a cat"\n')
+    lines = [
+        json.loads(line) for line in run("query", "--queries", "queries.txt", "--k", "2").stdout.splitlines()
+    ]
+    assert [line["query"] for line in lines] == ["a cat", '"a dog" - "a cat"']
+    assert [len(line["hits"]) for line in lines] == [2, 2]
+    alone = answer("query", "a cat", "--k", "2")["hits"]
+    assert [hit["path"] for hit in lines[0]["hits"]] == [hit["path"] for hit in alone]
+
+
+def test_a_query_may_be_words_and_a_picture_and_inverted(
+    pictures: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import clipworks.methods.retrieve.cross_the_gap as method
+
+    monkeypatch.setitem(method.STEPS, "image_to_text", 2)
+    run("build", "pictures", "--model", model)
+    alone = answer("query", "--image", "pictures/2.png")["hits"]
+    both = answer("query", "a cat", "--image", "pictures/2.png")["hits"]
+    inverted = answer("query", "--image", "pictures/2.png", "--inverted")["hits"]
+    assert alone[0]["score"] == pytest.approx(1, abs=1e-5)
+    assert 0.1 < both[0]["score"] < 0.999
+    assert inverted[0]["score"] < 0.9
+    assert len(inverted) == 4
+
+
+def test_duplicates_are_listed_and_rows_exported(pictures: Path, model: str) -> None:
+    shutil.copyfile(pictures / "2.png", pictures / "copy.png")
+    run("build", "pictures", "--model", model)
+    groups = answer("duplicates", "--threshold", "0.99999")["groups"]
+    assert groups == [[str(pictures / "2.png"), str(pictures / "copy.png")]]
+    assert "1 groups of 2 pictures" in run("duplicates", "--threshold", "0.99999").stderr
+    assert answer("export", "new/all.parquet")["rows"] == 5
+    assert Path("new/all.parquet").stat().st_size > 0
+    assert (
+        run("export", "some.parquet", "--where", "width > 60", "--no-vectors").stdout
+        == "some.parquet: 1 rows\n"
+    )
+
+
+def test_pictures_may_be_held_in_memory(pictures: Path, model: str) -> None:
+    pytest.importorskip("usearch")
+    run("build", "pictures", "--model", model)
+    plain, held = answer("query", "a cat"), answer("query", "a cat", "--memory")
+    assert [hit["path"] for hit in held["hits"]] == [hit["path"] for hit in plain["hits"]]

@@ -1,10 +1,12 @@
-"""`clipworks index`: build an index of pictures, and ask it."""
+"""`clipworks index`: build an index of pictures and texts, and ask it."""
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,13 +18,23 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from clipworks.search import Hit, Index, Report
+    from clipworks.search.neighbors import Settings
 
-DEFAULT = Path("clipworks-index")
+DEFAULT = "clipworks-index"
+KINDS = ("image", "text", "both")
 
-IndexOption = Annotated[Path, typer.Option("--index", metavar="FOLDER", help="Where the index lies.")]
+IndexOption = Annotated[
+    str, typer.Option("--index", metavar="FOLDER", help="Where the index lies: a folder, or s3://…")
+]
+WhereOption = Annotated[
+    str | None, typer.Option(metavar="CONDITION", help='Only what meets it, in SQL: "width >= 1024".')
+]
+MemoryOption = Annotated[
+    bool, typer.Option("--memory", help="Hold the pictures' vectors in memory, as a graph (usearch).")
+]
 
 app = typer.Typer(
-    help="Build an index of pictures, and find them by words or by another picture.",
+    help="Build an index of pictures and texts, and find them by words or by another picture.",
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -32,7 +44,12 @@ app = typer.Typer(
 
 @app.command(cls=console.Command)
 def build(
-    folders: Annotated[list[str], typer.Argument(metavar="FOLDER", help="Folders, patterns, files.")],
+    places: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PLACE", help="Folders, patterns, pictures, shards (.tar …), tables (.csv …)."
+        ),
+    ],
     index: IndexOption = DEFAULT,
     model: Annotated[
         str | None,
@@ -42,6 +59,9 @@ def build(
             show_default=False,
         ),
     ] = None,
+    texts: Annotated[
+        bool, typer.Option("--texts", help="Make captions items too, which can be found themselves.")
+    ] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read also files whose size and time are as they were.")
     ] = False,
@@ -50,18 +70,19 @@ def build(
     batch_size: BatchOption = 64,
     as_json: JsonOption = False,
 ) -> None:
-    """Make an index, or bring one up to date: new, changed and deleted files.
+    """Make an index, or bring one up to date: what is new, changed or gone.
 
     A build that was interrupted goes on where it was. Pictures that cannot
-    be read are left out and reported.
+    be read are left out and reported. From 50,000 items on, the vectors are
+    indexed too, and how much that finds is measured.
 
-    Example: clipworks index build ~/Pictures --index ~/pictures-index
+    Example: clipworks index build ~/Pictures captions.csv --index ~/pictures-index
     """
     chosen = console.check_precision(precision)
-    for folder in folders:
-        # All of them before anything is done; whether there are pictures below is for the build to say.
-        if not Path(folder).exists() and not any(mark in folder for mark in "*?["):
-            raise DataError(f"{folder}: no such folder or file")
+    for place in places:
+        # All of them before anything is done; whether there is anything below is for the build to say.
+        if not Path(place).exists() and not any(mark in place for mark in "*?[{"):
+            raise DataError(f"{place}: no such folder or file")
 
     from clipworks.search import Index, Report
 
@@ -75,13 +96,18 @@ def build(
     report = Report()
     try:
         with console.progress("indexing") as advance:
-            for folder in folders:
+            for place in places:
                 done = opened.add(
-                    folder, batch_size=batch_size, precision=chosen, verify=verify, progress=advance
+                    place,
+                    texts=texts,
+                    batch_size=batch_size,
+                    precision=chosen,
+                    verify=verify,
+                    progress=advance,
                 )
                 report.add(done)
     except DataError:
-        if new and not len(opened):
+        if new and not len(opened) and "://" not in index:
             shutil.rmtree(index)
         raise
     _report(opened, report, as_json)
@@ -89,42 +115,74 @@ def build(
 
 @app.command(cls=console.Command)
 def query(
-    text: Annotated[str | None, typer.Argument(metavar="TEXT", help="What to look for.")] = None,
+    text: Annotated[
+        str | None,
+        typer.Argument(metavar="TEXT", help="""What to look for: words, or '"a beach" - "people"'."""),
+    ] = None,
     image: Annotated[
-        str | None, typer.Option("--image", metavar="FILE", help="A picture to look for, instead of words.")
+        str | None,
+        typer.Option("--image", metavar="FILE", help="A picture to look for, alone or with words."),
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--queries", metavar="FILE", help="Many queries, one a line; prints JSON lines."),
     ] = None,
     index: IndexOption = DEFAULT,
-    k: Annotated[int, typer.Option("--k", "-k", min=1, help="How many pictures to find.")] = 10,
-    where: Annotated[
-        str | None,
-        typer.Option(metavar="CONDITION", help='Only pictures that meet it, in SQL: "width >= 1024".'),
-    ] = None,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, help="How many to find.")] = 10,
+    where: WhereOption = None,
+    kind: Annotated[
+        str, typer.Option(metavar="|".join(KINDS), help="Whether pictures or texts are looked for.")
+    ] = "image",
+    inverted: Annotated[
+        bool,
+        typer.Option(
+            "--inverted",
+            help="Turn a picture that looks for pictures into a text first, a text that looks for texts into "
+            "a picture (Cross the Gap); takes seconds.",
+        ),
+    ] = False,
     sheet: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a contact sheet of the hits, such as hits.png.")
     ] = None,
+    memory: MemoryOption = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Find the pictures nearest to words, or to another picture.
+    """Find what is nearest to words, to a picture, or to both.
 
     Example: clipworks index query "a dog on a beach" --k 20 --sheet hits.png
     """
-    if (text is None) == (image is None):
-        raise ConfigError("give either words to look for, or --image FILE")
+    if (file is None) == (text is None and image is None):
+        raise ConfigError("give words to look for, --image FILE, or both; or --queries FILE alone")
+    if kind not in KINDS:
+        raise ConfigError(f"--kind must be image, text or both, not {kind!r}")
+    if file is not None and (inverted or sheet is not None):
+        raise ConfigError("--inverted and --sheet are for one query, not for --queries")
+    questions = [] if file is None else _lines(file)
 
     from clipworks.search import Index
     from clipworks.search.sheet import contact_sheet, tiles
 
     opened = Index.open(index)
     opened.bind(console.load_clip(opened.model, device))
-    hits = opened.query(text, picture=image, k=k, where=where)
+    if memory:
+        opened.hold()
+    wanted: Any = None if kind == "both" else kind
+    if file is not None:
+        answers = opened.query_many(questions, k=k, where=where, kind=wanted)
+        for question, hits in zip(questions, answers, strict=True):
+            answer = {"query": question, "hits": [vars(hit) for hit in hits]}
+            typer.echo(json.dumps(answer, ensure_ascii=False))
+        return
+    hits = opened.query(text, picture=image, k=k, where=where, kind=wanted, inverted=inverted)
     if sheet is not None:
-        if not hits:
-            raise ConfigError(f"{sheet}: not written, for nothing was found")
-        save(contact_sheet([(text or f"like {image}", tiles(hits))]), sheet)
+        pictures = [hit for hit in hits if hit.kind == "image"]
+        if not pictures:
+            raise ConfigError(f"{sheet}: not written, for no picture was found")
+        save(contact_sheet([(text or f"like {image}", tiles(pictures))]), sheet)
     if as_json:
-        found = [vars(hit) for hit in hits]
-        console.print_json({"query": text or image, "hits": found, "sheet": str(sheet) if sheet else None})
+        listed = [vars(hit) for hit in hits]
+        console.print_json({"query": text or image, "hits": listed, "sheet": str(sheet) if sheet else None})
         return
     _show(hits)
     if sheet is not None:
@@ -132,14 +190,66 @@ def query(
 
 
 @app.command(cls=console.Command)
+def duplicates(
+    index: IndexOption = DEFAULT,
+    threshold: Annotated[float, typer.Option(help="The least cosine of a pair, at most 1.")] = 0.97,
+    where: WhereOption = None,
+    memory: MemoryOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """List groups of pictures that are nearly the same.
+
+    Every picture is compared with every other, which takes long from 100,000
+    on; --memory compares each with its nearest alone.
+
+    Example: clipworks index duplicates --threshold 0.95
+    """
+    from clipworks.search import Index
+
+    opened = Index.open(index)
+    if memory:
+        opened.hold()
+    with console.progress("comparing") as advance:
+        groups = opened.near_duplicates(threshold, where, advance)
+    if as_json:
+        console.print_json({"threshold": threshold, "groups": groups})
+        return
+    for group in groups:
+        typer.echo("\n".join(group) + "\n")
+    console.note(f"{len(groups)} groups of {sum(map(len, groups))} pictures in all")
+
+
+@app.command(cls=console.Command)
+def export(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write, such as index.parquet.")],
+    index: IndexOption = DEFAULT,
+    where: WhereOption = None,
+    vectors: Annotated[bool, typer.Option(help="Write the vectors too.")] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the index as one Parquet file.
+
+    Example: clipworks index export cars.parquet --where "caption like '%car%'"
+    """
+    from clipworks.search import Index
+
+    rows = Index.open(index).export(file, where, vectors=vectors)
+    if as_json:
+        console.print_json({"file": str(file), "rows": rows})
+        return
+    typer.echo(f"{file}: {rows:,} rows")
+
+
+@app.command(cls=console.Command)
 def info(index: IndexOption = DEFAULT, as_json: JsonOption = False) -> None:
-    """Say what an index holds and with which model it was made.
+    """Say what an index holds, with which model it was made, and how much a search finds.
 
     Example: clipworks index info --index ~/pictures-index
     """
     from clipworks.search import Index
 
-    about = Index.open(index).info()
+    opened = Index.open(index)
+    about = opened.info()
     if as_json:
         console.print_json(about)
         return
@@ -148,9 +258,12 @@ def info(index: IndexOption = DEFAULT, as_json: JsonOption = False) -> None:
     rows = {
         "index": about["path"],
         "pictures": f"{about['pictures']:,}",
+        "texts": f"{about['texts']:,}",
         "model": f"{about['model']} ({about['fingerprint'][:12]})",
         "vector width": str(about["width"]),
-        "on disk": f"{about['bytes'] / 1e6:.1f} MB",
+        "fields": ", ".join(about["fields"]) or "none",
+        "on disk": "remote" if about["bytes"] is None else f"{about['bytes'] / 1e6:.1f} MB",
+        "search": _said(opened.settings),
     }
     for name, value in rows.items():
         table.add_row(name, value)
@@ -176,38 +289,62 @@ def _lasting(model: str) -> str:
     return str(Path(model).resolve()) if Path(model).exists() else model
 
 
+def _lines(file: Path) -> list[str]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _said(settings: Settings | None) -> str:
+    if settings is None:
+        return "exact: every row is compared"
+    texts = "" if settings.recall_texts is None else f", {settings.recall_texts:.3f} for texts"
+    return (
+        f"IVF-PQ, {settings.probes} of {settings.partitions} cells; measured recall@10"
+        f" {settings.recall_rows:.3f} for pictures{texts}"
+    )
+
+
 def _report(index: Index, report: Report, as_json: bool) -> None:
     if as_json:
         console.print_json(
             {
-                "index": str(index.path),
+                "index": index.location,
                 "model": index.model,
-                "pictures": len(index),
+                "items": len(index),
                 "embedded": report.embedded,
                 "reused": report.reused,
                 "unchanged": report.unchanged,
                 "removed": report.removed,
                 "skipped": [{"path": path, "reason": reason} for path, reason in report.skipped],
+                "emptied": report.emptied,
                 "seconds": round(report.seconds, 3),
             }
         )
         return
     typer.echo(
-        f"{index.path}: {len(index):,} pictures; {report.embedded:,} embedded, {report.reused:,} reused,"
+        f"{index.location}: {len(index):,} items; {report.embedded:,} embedded, {report.reused:,} reused,"
         f" {report.unchanged:,} unchanged, {report.removed:,} removed in {report.seconds:.1f} s"
     )
     if report.skipped:
         reasons = "; ".join(reason for _, reason in report.skipped[:3])
         more = f"; and {len(report.skipped) - 3} more" if len(report.skipped) > 3 else ""
         console.note(f"skipped {len(report.skipped)} of {report.seen}: {reasons}{more}")
+    for name, count in report.emptied.items():
+        console.note(f"field {name}: left empty {count} times, for the values were of another type")
 
 
-def _show(hits: list[Hit]) -> None:
+def _show(hits: Sequence[Hit]) -> None:
     from rich.text import Text
 
-    table = console.make_table(">", ">cosine", "picture", ">size")
+    pictures = all(hit.kind == "image" for hit in hits)
+    table = console.make_table(">", ">cosine", "picture" if pictures else "found", ">size")
     for place, hit in enumerate(hits, 1):
-        table.add_row(str(place), f"{hit.score:.3f}", Text(hit.path), f"{hit.width}×{hit.height}")
+        size = f"{hit.width}×{hit.height}" if hit.kind == "image" else "text"
+        name = hit.path if hit.kind == "image" else hit.caption or hit.path
+        table.add_row(str(place), f"{hit.score:.3f}", Text(name), size)
     if hits:
         console.show(table)
     else:
