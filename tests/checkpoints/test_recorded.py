@@ -63,6 +63,7 @@ def test_there_are_records() -> None:
     assert all(path.stat().st_size < 400_000 for path in RECORDS)
 
 
+@pytest.mark.checkpoint("clip")
 def test_towers_and_logits_equal_open_clip(record: Record) -> None:
     found = record.differences(clipworks.load(record.folder, tokenizer=False))
     assert found["image"] < TOLERANCE and found["text"] < TOLERANCE and found["logits"] < 20 * TOLERANCE, (
