@@ -99,6 +99,7 @@ SIZES: dict[Budget, Size] = {
     "full": Size(train=20_000, test=4000, steps=1600, lengths=(400, 6400), all_arms=True),
 }
 BATCH = 256
+LR = 3e-3  # towers as small as these bear it
 PAIRS = [(color, shape) for shape in SHAPES for color in COLORS]
 
 
@@ -285,7 +286,7 @@ def measured(
     """Train one arm; zero-shot accuracy in the three wordings."""
     sketch = Sketch(world.test.shape[1], world.tokenizer, seed)
     objective = objective or ClipObjective(source="rewrite", fresh=True)
-    train(sketch, objective, source, world.features, recipe_for(steps, BATCH, seed), BATCH, texts)
+    train(sketch, objective, source, world.features, recipe_for(steps, BATCH, seed, lr=LR), BATCH, texts)
 
     def accuracy(wordings: Sequence[str], synonyms: bool) -> float:
         """Mean over wordings, and where asked over the two other words of each name."""

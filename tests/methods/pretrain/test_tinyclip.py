@@ -361,6 +361,14 @@ def test_trained_masks_reach_their_budget_and_fold_into_a_smaller_plain_clip(
     assert type(folded) is Clip and folded.save(tmp_path / "folded").is_dir()
 
 
+def test_masks_and_factors_do_not_wait_for_the_warm_up_of_the_weights(make: Any, tmp_path: Path) -> None:
+    teacher = make(1)
+    objective = InheritanceMasks(AffinityMimicking(teacher), 0.5, start=0.2, lr=0.5)
+    recipe = Recipe(steps=1, warmup=1000, lr=1e-3, precision="fp32")
+    fit(copy.deepcopy(teacher), objective, [batch_of(4)], recipe, folder=tmp_path, show="nothing")
+    assert objective.linear.item() == pytest.approx(10.5, rel=1e-4)  # AdamW's first step is its rate
+
+
 def test_stages_end_in_one_resumable_training(make: Any, tmp_path: Path) -> None:
     teacher = make(1)
     recipe = Recipe(steps=12, warmup=1, lr=1e-3, precision="fp32")
