@@ -14,8 +14,8 @@ turns.
 `ours` and `peer` are samples a second of the fastest step (`epoch`: of the fastest whole epoch), `ratio` is
 ours over the peer's, `cpu_ratio` the same for processor time, which other work on the machine disturbs less;
 `ratio_to_fp32` compares with open_clip in fp32. `losses` are both curves from the common start, `max_diff`
-is their largest difference; `memory_mib` is the peak of each process above what it held before, and
-`utilization` is ours as `fit` prints it.
+is their largest difference; `memory_mib` is the peak of each process in the first round above what it held
+before, and `utilization` is ours as `fit` prints it.
 """
 
 from __future__ import annotations
@@ -322,7 +322,7 @@ def case_of(
         "batch": batch,
         "losses": curves,
         "max_diff": max(abs(a - b) for a, b in zip(*curves, strict=True)),
-        "memory_mib": [max(one["memory_mib"] for one in found[side]) for side in ("ours", "peer")],
+        "memory_mib": [found[side][0]["memory_mib"] for side in ("ours", "peer")],
         "utilization": max(one["utilization"] for one in found["ours"]),
     }
     if task == "epoch":
@@ -339,14 +339,14 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name:
         prepare(Path(name), options.small)
         script = str(Path(__file__).resolve())
-        workers = [
-            Worker(python, script, side, "--folder", name)
-            for side, python in (("ours", sys.executable), ("open_clip", options.peer_python))
-        ]
         for case in options.cases:
+            workers = [
+                Worker(python, script, side, "--folder", name)
+                for side, python in (("ours", sys.executable), ("open_clip", options.peer_python))
+            ]
             rows += case_of(case, *workers, options.batch, options.steps, options.rounds)
-        for worker in workers:
-            worker.close()
+            for worker in workers:
+                worker.close()
     return rows
 
 
