@@ -158,7 +158,8 @@ def ours(folder: Path, vectors: np.ndarray, in_memory: bool) -> tuple[Any, dict[
         index.index_neighbors()
         clock.tick()
     settings = index.settings
-    size = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+    files = [file for file in place.rglob("*") if file.is_file() and file.suffix != ".usearch"]
+    size = sum(file.stat().st_size for file in files)
     built: dict[str, Any] = {"build_s": round(clock.seconds, 1), "bytes": size}
     if settings is not None:
         built |= {"reported_recall": settings.recall, "probes": settings.probes, "refine": settings.refine}

@@ -292,9 +292,7 @@ def prepare(folder: Path, small: bool) -> None:
     torch.save((255 * pixels).round().to(torch.uint8), folder / "pixels.pt")
 
 
-def case_of(
-    case: str, ours: Worker, peer: Worker, batch: int, steps: int, rounds: int
-) -> Iterator[dict[str, Any]]:
+def case_of(case: str, ours: Worker, peer: Worker, batch: int, steps: int, rounds: int) -> dict[str, Any]:
     """One row: both sides in turns, the first round also for losses and memory."""
     task = "epoch" if case == "epoch" else "step"
     half = case == "step-bf16"
@@ -330,7 +328,7 @@ def case_of(
     if half:
         row["ratio_to_fp32"] = wall["peer in fp32"] / wall["ours"]
         row["cpu_ratio_to_fp32"] = cpu["peer in fp32"] / cpu["ours"]
-    yield row
+    return row
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -344,7 +342,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
                 Worker(python, script, side, "--folder", name)
                 for side, python in (("ours", sys.executable), ("open_clip", options.peer_python))
             ]
-            rows += case_of(case, *workers, options.batch, options.steps, options.rounds)
+            rows.append(case_of(case, *workers, options.batch, options.steps, options.rounds))
             for worker in workers:
                 worker.close()
     return rows

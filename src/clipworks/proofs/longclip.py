@@ -83,8 +83,8 @@ class Size:
 
 
 SIZES: dict[Budget, Size] = {
-    "small": Size(3000, 1500, 24_000, 40, 64, 40, 600, width=96, depth=3, components=16, lr=3e-4),
-    "full": Size(10_000, 4000, 150_000, 150, 64, 100, 2000, width=128, depth=4, components=16, lr=3e-4),
+    "small": Size(3000, 1500, 24_000, 40, 64, 40, 600, width=96, depth=3, components=16, lr=1e-4),
+    "full": Size(10_000, 4000, 150_000, 150, 64, 100, 2000, width=128, depth=4, components=16, lr=1e-4),
 }
 
 
