@@ -270,7 +270,7 @@ def test_the_first_row_in_the_random_order_decides_and_partners_are_its_reverse(
     torch.testing.assert_close(found["image_mix"], expected["image_mix"])
 
 
-def test_without_weight_it_is_plain_fine_tuning_bit_for_bit() -> None:
+def test_without_weight_it_is_plain_fine_tuning() -> None:
     v, t = vectors().requires_grad_(), vectors(seed=1).requires_grad_()
     given = features(v, t)
     found = [
