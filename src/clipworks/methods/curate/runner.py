@@ -24,7 +24,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +38,8 @@ from clipworks.parts.card import Section, Table, check_plots, html
 RUNNERS = ("local", "ray")
 Runner = Literal["local", "ray"]
 Advance = Callable[[str, int, int], None]
+Go = Callable[[str, Sequence[int]], Iterator[int]]
+"""Does a pass over shards, and says which one is done."""
 
 
 @dataclass(frozen=True)
@@ -111,32 +114,21 @@ def curate(
     if job.out == root or job.out in root.parents or root in job.out.parents:
         raise ConfigError(f"{out}: must lie outside of the pool {root}, and the pool outside of it")
     _check_plan(curator, job)
-    with _connected(workers) if runner == "ray" else contextlib.nullcontext():
-        spread = _ray if runner == "ray" else _local
-        measured = {stage: _pass(curator, job, stage, workers, spread, advance) for stage in _stages(curator)}
+    spread = _ray if runner == "ray" else _local
+    with spread(curator, job, min(workers, len(shards))) as go:
+        measured = {stage: _pass(curator, job, stage, go, advance) for stage in (*curator.passes, TRANSFORM)}
     tally = measured.pop(TRANSFORM)
     _write_card(curator, job, measured, tally)
     return Curation(job.out, len(shards), measured, tally, time.perf_counter() - began)
 
 
-def _stages(curator: Curator) -> tuple[str, ...]:
-    return (*curator.passes, TRANSFORM)
-
-
-def _pass(
-    curator: Curator,
-    job: Job,
-    stage: str,
-    workers: int,
-    spread: Callable[[Curator, Job, str, Sequence[int], int], Iterator[int]],
-    advance: Advance,
-) -> Tally:
+def _pass(curator: Curator, job: Job, stage: str, go: Go, advance: Advance) -> Tally:
     """Do what is left of a pass, sum it up, and let the curator learn from it."""
     path, count = job.sum(stage), len(job.shards)
     if not path.is_file():
         left = [n for n in range(count) if not job.tally(stage, n).is_file()]
         advance(stage, count - len(left), count)
-        for done, _ in enumerate(spread(curator, job, stage, left, workers), count - len(left) + 1):
+        for done, _ in enumerate(go(stage, left), count - len(left) + 1):
             advance(stage, done, count)
         total = Tally()
         for number in range(count):
@@ -164,47 +156,71 @@ def work(curator: Curator, job: Job, stage: str, shard: int) -> None:
     tally.save(job.tally(stage, shard))
 
 
+class Worker:
+    """One process: it keeps its curator through the passes, which it follows by their sums on disk."""
+
+    def __init__(self, curator: Curator, job: Job) -> None:
+        self.curator, self.job = curator, job
+        self.settled: set[str] = set()
+
+    def work(self, stage: str, shard: int) -> int:
+        """One pass over one shard."""
+        for earlier in takewhile(lambda name: name != stage, self.curator.passes):
+            if earlier not in self.settled:
+                self.curator.settle(earlier, Tally.load(self.job.sum(earlier)))
+                self.settled.add(earlier)
+        work(self.curator, self.job, stage, shard)
+        return shard
+
+
 # ------------------------------------------------------------------------------------------ processes
 
-_task: tuple[Curator, Job, str] | None = None
+_worker: Worker | None = None
 
 
-def _local(curator: Curator, job: Job, stage: str, shards: Sequence[int], workers: int) -> Iterator[int]:
-    """Work through shards in this process or in several, and say which one is done."""
-    if workers == 1 or len(shards) < 2:
-        for shard in shards:
-            work(curator, job, stage, shard)
-            yield shard
+@contextlib.contextmanager
+def _local(curator: Curator, job: Job, workers: int) -> Iterator[Go]:
+    """This process, or several that live through all passes."""
+    if workers == 1:
+        yield partial(_alone, curator, job)
         return
     # Spawned and not forked: Arrow and numpy may have threads, which a fork does not survive.
     context = multiprocessing.get_context("spawn")
-    left = iter(shards)
-    with ProcessPoolExecutor(
-        min(workers, len(shards)), context, initializer=_begin, initargs=(curator, job, stage)
-    ) as executor:
-        waiting: set[Future[int]] = set()
+    with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(curator, job)) as executor:
         try:
-            while True:
-                # A few for each worker and not all: a pool may have a million shards.
-                waiting |= {executor.submit(_step, n) for n in islice(left, 4 * workers - len(waiting))}
-                if not waiting:
-                    return
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in done:
-                    yield future.result()
+            yield lambda stage, shards: _through(executor, stage, iter(shards), 4 * workers)
         except BrokenProcessPool as error:
             raise DataError(
                 "a worker was killed, perhaps for want of memory; the same command goes on where it stopped, "
                 "try fewer workers"
             ) from error
-        finally:
-            for future in waiting:
-                future.cancel()
 
 
-def _begin(curator: Curator, job: Job, stage: str) -> None:
-    global _task
-    _task = curator, job, stage
+def _alone(curator: Curator, job: Job, stage: str, shards: Sequence[int]) -> Iterator[int]:
+    for shard in shards:
+        work(curator, job, stage, shard)
+        yield shard
+
+
+def _through(executor: ProcessPoolExecutor, stage: str, left: Iterator[int], most: int) -> Iterator[int]:
+    """A few shards for each worker at a time and not all: a pool may have a million."""
+    waiting: set[Future[int]] = set()
+    try:
+        while True:
+            waiting |= {executor.submit(_step, stage, shard) for shard in islice(left, most - len(waiting))}
+            if not waiting:
+                return
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def _begin(curator: Curator, job: Job) -> None:
+    global _worker
+    _worker = Worker(curator, job)
     parent = multiprocessing.parent_process()
     if parent is not None:
         # Killed, the parent cannot end its workers, and they would wait for work for ever.
@@ -216,54 +232,50 @@ def _end_after(parent: Any) -> None:
     os._exit(1)
 
 
-def _step(shard: int) -> int:
-    if _task is None:
+def _step(stage: str, shard: int) -> int:
+    if _worker is None:
         raise RuntimeError("a worker was asked before it was told its task")
-    work(*_task, shard)
-    return shard
+    return _worker.work(stage, shard)
 
 
-class _RayWorker:
+class _RayWorker(Worker):
     """One process of a Ray cluster; a row names a shard."""
 
     def __init__(self, curator: Curator, job: Job, stage: str) -> None:
-        self.task = curator, job, stage
+        super().__init__(curator, job)
+        self.stage = stage
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        work(*self.task, int(row["item"]))
-        return row
+        return {"item": self.work(self.stage, int(row["item"]))}
 
 
 @contextlib.contextmanager
-def _connected(workers: int) -> Iterator[None]:
-    """A Ray of this machine while the block runs; one that is connected already is used as it is."""
+def _ray(curator: Curator, job: Job, workers: int) -> Iterator[Go]:
+    """Ray Data; a Ray that is connected already is used as it is, else one of this machine."""
     ray = require("ray", extra="ray", purpose="the runner ray")
-    require("ray.data", extra="ray", purpose="the runner ray")
-    if ray.is_initialized():
-        yield
-        return
-    # One more than there are workers, for what feeds them.
-    ray.init(num_cpus=workers + 1, include_dashboard=False, log_to_driver=False, logging_level="error")
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _ray(curator: Curator, job: Job, stage: str, shards: Sequence[int], workers: int) -> Iterator[int]:
-    """The same on Ray Data."""
-    if not shards:
-        return
     data = require("ray.data", extra="ray", purpose="the runner ray")
+
+    def go(stage: str, shards: Sequence[int]) -> Iterator[int]:
+        if not shards:
+            return
+        rows = data.from_items(list(shards), override_num_blocks=min(len(shards), 4 * workers)).map(
+            _RayWorker,
+            fn_constructor_args=(curator, job, stage),
+            compute=data.ActorPoolStrategy(size=min(workers, len(shards))),
+        )
+        for row in rows.iter_rows():
+            yield int(row["item"])
+
+    started = not ray.is_initialized()
+    if started:
+        # One more than there are workers, for what feeds them.
+        ray.init(num_cpus=workers + 1, include_dashboard=False, log_to_driver=False, logging_level="error")
     data.DataContext.get_current().enable_progress_bars = False
-    size = min(workers, len(shards))
-    rows = data.from_items(list(shards), override_num_blocks=min(len(shards), 4 * workers)).map(
-        _RayWorker,
-        fn_constructor_args=(curator, job, stage),
-        compute=data.ActorPoolStrategy(size=size),
-    )
-    for row in rows.iter_rows():
-        yield int(row["item"])
+    try:
+        yield go
+    finally:
+        if started:
+            ray.shutdown()
 
 
 # ------------------------------------------------------------------------------------- plan and card
@@ -275,7 +287,7 @@ def _check_plan(curator: Curator, job: Job) -> None:
         pool = [[name, (job.pool / name).stat().st_size] for name in job.shards]
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
-    stages = {stage: curator.identity(stage) for stage in _stages(curator)}
+    stages = {stage: curator.identity(stage) for stage in (*curator.passes, TRANSFORM)}
     plan = json.loads(json.dumps({"curator": type(curator).__name__, "pool": pool, "stages": stages}))
     path = job.out / ".curation" / "plan.json"
     if path.is_file():
