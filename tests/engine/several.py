@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import socket
@@ -20,6 +21,15 @@ from clipworks.data.batch import Batch
 from clipworks.engine.loop import Training
 from clipworks.engine.sharding import gathered
 
+# Imported before forking, where every fork would import them for itself.
+HEAVY = (
+    "lightning.fabric.strategies",
+    "torch._dynamo",
+    "torch.distributed.checkpoint.hf_storage",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+)
+
 
 def run_in_processes(count: int, function: Callable[[], None], folder: Path, *, deaths: bool = False) -> bool:
     """Call a function in `count` forks with the environment that torchrun gives.
@@ -32,6 +42,8 @@ def run_in_processes(count: int, function: Callable[[], None], folder: Path, *, 
         Whether all came to their end.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for name in HEAVY:
+        importlib.import_module(name)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

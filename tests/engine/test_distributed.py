@@ -22,7 +22,10 @@ from clipworks.core.clip import Clip
 from clipworks.core.config import Config, TextConfig, VisionConfig, uniform_blocks
 from clipworks.engine import Evaluate, Recipe, Saving
 from clipworks.engine.device import default_fabric
+from clipworks.engine.groups import parameter_groups
 from clipworks.engine.loop import Resume
+from clipworks.engine.optimizers import optimizer_of
+from clipworks.engine.sharding import apart, gathered, part_of
 from clipworks.engine.table import Table
 from clipworks.errors import ConfigError
 from clipworks.methods.pretrain.clip import ClipObjective
@@ -121,7 +124,11 @@ WAYS: dict[str, tuple[int, str, bool]] = {  # processes, strategy, checkpoints s
     "two-fsdp2-gathered": (2, "fsdp2", False),
     "four-fsdp2": (4, "fsdp2", True),
 }
-READERS = [way for way in WAYS if not way.endswith("gathered")]
+# Who goes on from whom: every kind of checkpoint whole and in two parts, and the others from both kinds.
+PAIRS = [
+    *product(WAYS, ("one", "two-fsdp2")),
+    *product(("one", "two-fsdp2"), ("two-ddp", "four-fsdp2")),
+]
 
 
 def head() -> Dropping:
@@ -154,13 +161,13 @@ def halves(tmp_path_factory: Any) -> Path:
                 half(way, folder / way, False, 3)
 
         begin() if world == 1 else run_in_processes(world, begin, folder)
-    for first, second in product(WAYS, READERS):
+    for first, second in PAIRS:
         shutil.copytree(folder / first, folder / f"{first}, {second}")
     for world in (1, 2, 4):
-        mine = [way for way in READERS if WAYS[way][0] == world]
+        pairs = [(first, second) for first, second in PAIRS if WAYS[second][0] == world]
 
-        def finish(mine: list[str] = mine) -> None:
-            for first, second in product(WAYS, mine):
+        def finish(pairs: list[tuple[str, str]] = pairs) -> None:
+            for first, second in pairs:
                 half(second, folder / f"{first}, {second}", True, None)
 
         finish() if world == 1 else run_in_processes(world, finish, folder)
@@ -173,8 +180,7 @@ def saved(folder: Path) -> dict[str, torch.Tensor]:
     return {f"clip.{name}": tensor for name, tensor in clip.items()}
 
 
-@pytest.mark.parametrize("first", WAYS)
-@pytest.mark.parametrize("second", READERS)
+@pytest.mark.parametrize(("first", "second"), PAIRS)
 def test_any_way_goes_on_from_a_checkpoint_of_any_other(halves: Path, first: str, second: str) -> None:
     expected = saved(halves / "one, one")
     found = saved(halves / f"{first}, {second}")
@@ -266,24 +272,29 @@ def test_each_process_holds_its_share_of_weights_gradients_and_optimizer(tmp_pat
         assert max(share[kind] for share in shares) < 0.6 * whole
 
 
-def test_muon_takes_the_same_steps_on_shared_weights(tmp_path: Path) -> None:
-    recipe = replace(BASE, optimizer="muon", warmup=0)
+def test_muon_makes_whole_matrices_orthogonal_and_not_their_parts(tmp_path: Path) -> None:
+    def step(strategy: Any) -> dict[str, torch.Tensor]:
+        clip = model().float()
+        dice = torch.Generator().manual_seed(0)
+        gradients = {name: torch.randn(p.shape, generator=dice) for name, p in clip.named_parameters()}
+        default_fabric(strategy).setup_module(clip)
+        for name, parameter in clip.named_parameters():
+            parameter.grad = part_of(gradients[name], parameter)
+        groups = apart(parameter_groups(clip, weight_decay=0.1))
+        optimizer_of(replace(BASE, optimizer="muon"), groups, clip).step()
+        return {name: gathered(p.detach()).clone() for name, p in clip.named_parameters()}
 
-    def run(folder: Path, strategy: str) -> None:
-        training(folder, replace(recipe, strategy=strategy), ClipObjective()).run("auto", [])  # type: ignore[arg-type]
-
-    run(tmp_path / "one", "ddp")
-    run_in_processes(2, lambda: run(tmp_path / "two", "fsdp2"), tmp_path)
-    start = {f"clip.{name}": tensor for name, tensor in model().state_dict().items()}
-    one, two = saved(tmp_path / "one"), saved(tmp_path / "two")
-    for name, tensor in one.items():
-        ours, theirs = two[name] - start[name], tensor - start[name]
-        # Muon's iterations are in bf16, which rounds a matrix and its parts differently, and they raise what
-        # a small batch leaves near zero to the size of all else, its rounding with it: up to a fifth of the
-        # whole. Parts that were made orthogonal each by itself would be off by more than half.
-        assert (ours - theirs).norm() <= 0.3 * theirs.norm() + 1e-12, name
+    expected = step("ddp")
+    run_in_processes(2, lambda: torch.save(step("fsdp2"), tmp_path / f"{rank()}.pt"), tmp_path)
+    found = torch.load(tmp_path / "0.pt", weights_only=True)
+    start = {name: parameter.detach() for name, parameter in model().float().named_parameters()}
+    for name, tensor in expected.items():
+        ours, theirs = found[name] - start[name], tensor - start[name]
+        # The iterations are in bf16: 1.5 % from the exact matrix in one process, 3 % in parts.
+        assert (ours - theirs).norm() <= 0.06 * theirs.norm(), name
 
 
+@pytest.mark.slow
 def test_killed_while_processes_write_their_shares_it_ends_with_the_same_weights(tmp_path: Path) -> None:
     recipe = replace(BASE, steps=6, strategy="fsdp2")
 

@@ -74,6 +74,14 @@ def test_what_is_cut_computes_what_the_gates_left(clip: Any) -> None:
     assert not torch.allclose(answers(scaled)[1], answers(small)[1], atol=1e-3)
 
 
+def test_a_model_with_a_block_without_heads_trains(clip: Any) -> None:
+    small = cut(clip, some_gates(clip))
+    pixels, tokens = inputs()
+    (small.image(pixels).square().sum() + small.text(tokens).square().sum()).backward()
+    for block in (small.image.blocks[0], small.text.blocks[0]):
+        assert block.attention.out.bias.grad.abs().sum() > 0 and block.mlp.fc.weight.grad.isfinite().all()
+
+
 def test_open_gates_change_nothing_and_cut_nothing(clip: Any) -> None:
     gates = {
         label: Gates(
