@@ -100,7 +100,7 @@ def open_pairs(location: str | Path, *, image: str | None = None, captions: Sequ
             the pictures that a table names are missing.
         ConfigError: for a column of pictures where there are no columns.
     """
-    source = _open(str(location), image, {name: name for name in captions} or None)
+    source = open_examples(location, image=image, texts={name: name for name in captions} or None)
     skipped = Skipped()
     found = getattr(source, "skipped", None)
     if isinstance(found, Skipped):
@@ -126,7 +126,20 @@ def open_pairs(location: str | Path, *, image: str | None = None, captions: Sequ
     return Pairs(source, listed, skipped=skipped)
 
 
-def _open(location: str, image: str | None, texts: dict[str, str] | None) -> Source:
+def open_examples(
+    location: str | Path, *, image: str | None = None, texts: dict[str, str] | None = None
+) -> Source:
+    """The examples of a table, a folder or shards, with all sources of texts that they have.
+
+    Args:
+        location: see the head of this module.
+        image: as in `open_pairs`.
+        texts: for each source of texts its column, field or member extension; None finds the usual names.
+
+    Raises:
+        DataError: if nothing is there, or a column is missing.
+    """
+    location = str(location)
     path = Path(location)
     if path.is_file() and path.suffix.casefold() in TABLE_SUFFIXES:
         return CaptionedFolder(path, image=image, texts=texts)

@@ -8,7 +8,7 @@ from typing import Any
 from clipworks.data.source import TextChoices
 from clipworks.errors import DataError
 
-SOURCES = ("alt", "synthetic", "short", "region", "rewrite", "en", "de", "fr", "es", "zh")
+SOURCES = ("alt", "synthetic", "short", "long", "region", "rewrite", "en", "de", "fr", "es", "zh")
 """The sources of texts that go by a name of their own."""
 
 CAPTION_FIELDS = ("caption", "captions", "text", "txt")

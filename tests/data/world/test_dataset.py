@@ -11,7 +11,7 @@ from clipworks.data.world import scenes
 from clipworks.data.world.captions import describe
 from clipworks.data.world.dataset import WorldCaptions, WorldScenes
 from clipworks.errors import ConfigError
-from clipworks.methods.pretrain.plan import SourcePlan, open_source
+from clipworks.methods.pretrain.sources import SourcePlan, open_source
 
 
 def test_captions_are_those_of_the_scene_shown():

@@ -27,6 +27,7 @@ CLIP's.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -119,6 +120,11 @@ class Alip(Objective):
         for name in MEANS:
             self.register_buffer(name, torch.ones(()))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def texts(self) -> Mapping[str, int | None]:
+        """One raw text and one caption a picture."""
+        return {self.source: 1, self.synthetic: 1}
 
     def prepare(self, clip: Clip) -> Clip:
         """The same model, with the paper's initial scale where `fresh`."""

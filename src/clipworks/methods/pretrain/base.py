@@ -27,6 +27,7 @@ parts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -41,6 +42,12 @@ class Objective(nn.Module):
     """What is minimized when a Clip is trained; the module's docstring is the contract."""
 
     local: ClassVar[tuple[str, ...]] = ()
+    source: str = "alt"
+
+    @property
+    def texts(self) -> Mapping[str, int | None]:
+        """How many sentences of which sources of texts it reads of a picture; None: all that there are."""
+        return {self.source: 1}
 
     def prepare(self, clip: Clip) -> Clip:
         """The model to train; by default the one given."""

@@ -23,6 +23,7 @@ tables and all projections do too, at 0.5).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,6 +92,11 @@ class LaClip(Objective):
         self.texts_per_sample = texts_per_sample
         self.source = source
         self.fresh = fresh
+
+    @property
+    def texts(self) -> Mapping[str, int | None]:
+        """One text a picture, drawn anew, or all of them."""
+        return {self.source: 1 if self.texts_per_sample == 1 else None}
 
     def prepare(self, clip: Clip) -> Clip:
         """The same model, with the paper's initial scale where `fresh`."""

@@ -28,6 +28,7 @@ import copy
 import math
 import warnings
 import weakref
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -109,6 +110,11 @@ class LongClip(Objective):
         self.scale = scale
         self._prepared: weakref.ref[Clip] | None = None
         self._kept = 0
+
+    @property
+    def texts(self) -> Mapping[str, int | None]:
+        """A long and a short caption a picture."""
+        return {"long": 1, "short": 1}
 
     def prepare(self, clip: Clip) -> Clip:
         """A copy of the Clip with the stretched table, the longer tokenizer and the new scale.

@@ -1,6 +1,6 @@
 """A plan: everything a pre-training consists of, as one YAML file.
 
-    objective: clip
+    objective: clip                                     or {name: alip, gamma_pair: 1.0}
     model: {width: 256, image: {...}, text: {...}}      a Config, or the name of a model to start from
     tokenizer: {kind: train, vocab_size: 8192}          or {kind: clip}
     views: {crop: [0.35, 1.0], flip: true}
@@ -10,16 +10,18 @@
     recipe: {epochs: 30, lr: 0.001, ...}
 
 Paths are relative to the folder given as `--data`. `hold_out` is a slice or a list of class indices that no
-training example may come from.
+training example may come from. The objective says which texts of an example it reads: `alt`, or for instance
+`alt` and `synthetic`. A `teacher` among its options is the name or folder of a model.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import inspect
 import os
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,44 +35,19 @@ from clipworks.data.loader import Loader, Process, Reading
 from clipworks.data.mixture import Mixture, Part
 from clipworks.data.randomness import Draws
 from clipworks.data.samplers import Shuffled, UniqueLabels
+from clipworks.data.sentences import TextChoice
 from clipworks.data.sets import LabeledSet
-from clipworks.data.source import Selected, Source
+from clipworks.data.source import Source
+from clipworks.data.streams import Stream
 from clipworks.data.templates import SIMPLE_TEMPLATES
 from clipworks.engine.callbacks import Callback, Evaluate
 from clipworks.engine.checkpoints import Saving
 from clipworks.engine.recipe import Recipe
 from clipworks.engine.training import Result, Resume, Show, fit
 from clipworks.errors import ConfigError, DataError, nearest, require
-from clipworks.evaluate.sets import class_slice
 from clipworks.evaluate.zeroshot import labeled_batches, zero_shot
 from clipworks.methods.pretrain.base import Objective
-
-
-@dataclass(frozen=True)
-class SourcePlan:
-    """Where examples come from and how many of them are in each batch.
-
-    Attributes:
-        kind: the form of the set; `labeled` is Parquet with `classes.json`, `captioned` tar shards.
-        path: folder, relative to the data folder; unused for `world`.
-        per_batch: examples in each batch.
-        split: which files.
-        unique_labels: no class twice in a batch.
-        hold_out: class indices left out, `"9::10"` or `"3,5"`.
-        languages: for `emoji` and `world`.
-        examples: for `world`, how many scenes there are.
-        scenes: for `world`, which scenes; settings of its `SceneConfig`, one to three things if not said.
-    """
-
-    kind: Literal["tiny-imagenet", "labeled", "emoji", "captioned", "world"]
-    path: str = ""
-    per_batch: int = 64
-    split: str = "train"
-    unique_labels: bool = False
-    hold_out: str = ""
-    languages: tuple[str, ...] = ("en", "de", "fr", "es", "zh")
-    examples: int = 100_000
-    scenes: dict[str, Any] = field(default_factory=dict)
+from clipworks.methods.pretrain.sources import SourcePlan, open_source, open_sources, open_stream
 
 
 @dataclass(frozen=True)
@@ -107,7 +84,7 @@ class Plan:
     model: Config
     data: tuple[SourcePlan, ...]
     recipe: Recipe
-    objective: str = "clip"
+    objective: str | dict[str, Any] = "clip"
     tokenizer: TokenizerPlan = TokenizerPlan()
     views: ViewPlan = ViewPlan()
     evaluation: EvaluationPlan | None = None
@@ -138,90 +115,26 @@ def read_plan(path: str | Path, overrides: Mapping[str, Any] | None = None) -> P
         raise ConfigError(f"{path}: {error}") from error
 
 
-def open_source(plan: SourcePlan, root: Path) -> Source:
-    """The examples of one entry of a plan.
-
-    Raises:
-        DataError: if its files are missing.
-    """
-    from clipworks.data import sets
-
-    folder = root / plan.path
-    if plan.kind in ("tiny-imagenet", "labeled"):
-        from clipworks.data.captions import class_names
-
-        names = class_names(folder / "classes.json")
-        held = set(class_slice(plan.hold_out, len(names)))
-        kept = [index for index in range(len(names)) if index not in held]
-        return sets.labeled_parquet(folder, plan.split, kept)
-    if plan.kind == "emoji":
-        return sets.emoji(folder, plan.languages, held_out=plan.split != "train")
-    if plan.kind == "captioned":
-        return sets.captioned(folder, plan.split)
-    from clipworks.data.world.dataset import WorldCaptions
-    from clipworks.data.world.scenes import SceneConfig
-    from clipworks.data.world.words import LANGUAGES
-
-    config = build(SceneConfig, {"count": [1, 3], **plan.scenes})
-    spoken = [language for language in plan.languages if language in LANGUAGES]
-    return WorldCaptions(config, length=plan.examples, languages=spoken)
-
-
-def open_sources(plan: Plan, root: Path) -> list[Source]:
-    """The examples of every entry of a plan; what one entry holds out, by its classes' names, no entry shows.
-
-    Raises:
-        DataError: if files are missing.
-    """
-    sources = [open_source(entry, root) for entry in plan.data]
-    held = [name for entry in plan.data if entry.hold_out for name in held_out_names(entry, root)]
-    if not held:
-        return sources
-    return [
-        source if entry.kind in ("tiny-imagenet", "labeled") else without_words(source, held)
-        for source, entry in zip(sources, plan.data, strict=True)
-    ]
-
-
-def held_out_names(plan: SourcePlan, root: Path) -> list[str]:
-    """All names of the classes that an entry holds out."""
-    from clipworks.data.captions import class_texts
-
-    texts = class_texts(root / plan.path / "classes.json")
-    return [name for index in class_slice(plan.hold_out, len(texts)) for name in texts.all_names(index)]
-
-
-def without_words(source: Source, names: Sequence[str]) -> Source:
-    """The examples none of whose texts mentions one of the names, in singular or plural, as whole words."""
-    listed = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
-    mention = re.compile(rf"\b(?:{listed})(?:s|es)?\b", re.IGNORECASE)
-
-    def mentions(index: int) -> bool:
-        example = source[index]
-        texts = [
-            text
-            for choices in example.texts.values()
-            for text in ([choices] if isinstance(choices, str) else choices)
-        ]
-        return any(mention.search(text) for text in [*texts, *map(str, example.extra.get("words", ()))])
-
-    return Selected(source, [index for index in range(len(source)) if not mentions(index)])
-
-
 def open_tokenizer(
-    plan: TokenizerPlan, sources: Sequence[Source], context_length: int, seed: int = 0
+    plan: TokenizerPlan,
+    sources: Sequence[Source],
+    context_length: int,
+    seed: int = 0,
+    wanted: Collection[str] = ("alt",),
 ) -> Tokenizer:
     """The tokenizer of a plan: CLIP's, or one trained on captions drawn from the sources."""
     if plan.kind == "clip":
         return ClipTokenizer(context_length=context_length)
-    return train_tokenizer(list(_captions(sources, seed)), plan.vocab_size, context_length=context_length)
+    return train_tokenizer(
+        list(_captions(sources, seed, wanted)), plan.vocab_size, context_length=context_length
+    )
 
 
-def _captions(sources: Sequence[Source], seed: int) -> Sequence[str]:
+def _captions(sources: Sequence[Source], seed: int, wanted: Collection[str]) -> Sequence[str]:
     """Up to 60,000 captions a source, drawn as training draws them."""
     captions: list[str] = []
     for number, source in enumerate(sources):
-        texts = _texts_of(source)
+        texts = _texts_of(source, wanted)
         rounds = max(1, -(-2000 // max(1, len(texts))))
         for view in range(min(rounds, 20)):
             for index, choices in enumerate(texts):
@@ -231,29 +144,47 @@ def _captions(sources: Sequence[Source], seed: int) -> Sequence[str]:
     return captions
 
 
-def _texts_of(source: Source) -> list[Any]:
+def _texts_of(source: Source, wanted: Collection[str]) -> list[Any]:
     """The choices of texts in a source, one entry a class or an example, without reading pictures twice."""
     by_class = getattr(source, "captions", None)
     if by_class is not None:
         return list(by_class)
-    every = [source[index].texts["alt"] for index in range(min(len(source), 60_000))]
-    return [text for choices in every for text in ([choices] if isinstance(choices, str) else choices)]
+    found: list[Any] = []
+    for index in range(min(len(source), 60_000)):
+        # A training goes on without what cannot be read, and counts it.
+        with contextlib.suppress(DataError):
+            texts = source[index].texts
+            found += [texts[name] for name in wanted if name in texts]
+    return [text for choices in found for text in ([choices] if isinstance(choices, str) else choices)]
 
 
 def open_loader(
-    plan: Plan, sources: Sequence[Source], clip: Clip, *, workers: int = 1, cache: bool = True
+    plan: Plan,
+    sources: Sequence[Source] | Stream,
+    clip: Clip,
+    texts: Mapping[str, int | None] = {"alt": 1},
+    *,
+    workers: int = 1,
+    cache: bool = True,
 ) -> Loader:
-    """Batches of a plan: mixed, drawn, cropped."""
-    parts = [
-        Part(source, entry.per_batch, UniqueLabels() if entry.unique_labels else Shuffled())
-        for source, entry in zip(sources, plan.data, strict=True)
-    ]
+    """Batches of a plan: mixed, drawn, cropped; `texts` as an objective names them."""
     image_size = clip.config.image.image_size
+    mixed: Stream | Mixture
+    if isinstance(sources, Stream):
+        mixed, cache = sources, False
+    else:
+        mixed = Mixture(
+            [
+                Part(source, entry.per_batch, UniqueLabels() if entry.unique_labels else Shuffled())
+                for source, entry in zip(sources, plan.data, strict=True)
+            ]
+        )
     return Loader(
-        Mixture(list(parts)),
+        mixed,
         clip.preprocessing,
         clip.tokenizer,
-        texts=("alt",),
+        plan.data[0].per_batch if isinstance(mixed, Stream) else None,
+        texts=TextChoice(texts),
         seed=plan.recipe.seed,
         process=this_process(),
         reading=Reading(workers=workers, cache="memory" if cache else None),
@@ -278,14 +209,14 @@ def fresh_clip(plan: Plan, tokenizer: Tokenizer) -> Clip:
     return Clip.from_config(config, tokenizer, seed=plan.recipe.seed)
 
 
-def objective_named(name: str) -> Objective:
-    """The objective of a paper, by its slug, with its default options.
+def objective_named(name: str, options: Mapping[str, Any] | None = None) -> Objective:
+    """The objective of a paper, by its slug, with its default options or others.
 
     Raises:
-        ConfigError: if no file of this family has it, with the nearest names.
+        ConfigError: if no file of this family has it, with the nearest names, or it lacks such an option.
     """
     known = [path.stem.replace("_", "-") for path in Path(__file__).parent.glob("*.py")]
-    known = sorted(set(known) - {"--init--", "base", "plan"})
+    known = sorted(set(known) - {"--init--", "base", "plan", "sources"})
     if name not in known:
         raise ConfigError(f"no objective {name!r}{nearest(name, known)}; there are {', '.join(known)}")
     module = importlib.import_module(f"clipworks.methods.pretrain.{name.replace('-', '_')}")
@@ -294,7 +225,32 @@ def objective_named(name: str) -> Objective:
         for thing in vars(module).values()
         if isinstance(thing, type) and issubclass(thing, Objective) and thing.__module__ == module.__name__
     ]
-    return own[0]()
+    given = dict(options or {})
+    taken = list(inspect.signature(own[0]).parameters)
+    for option in given:
+        if option not in taken:
+            raise ConfigError(
+                f"the objective {name} has no option {option!r}{nearest(option, taken)}; "
+                f"it has {', '.join(taken) or 'none'}"
+            )
+    if isinstance(given.get("teacher"), str):
+        given["teacher"] = load(given["teacher"])
+    return own[0](**given)
+
+
+def objective_of(plan: Plan) -> Objective:
+    """The objective of a plan.
+
+    Raises:
+        ConfigError: as `objective_named`, or if it has no name.
+    """
+    if isinstance(plan.objective, str):
+        return objective_named(plan.objective)
+    options = dict(plan.objective)
+    name = options.pop("name", None)
+    if not isinstance(name, str):
+        raise ConfigError("the objective is a name, or has one beside its options: {name: alip, ...}")
+    return objective_named(name, options)
 
 
 def evaluation(plan: EvaluationPlan, root: Path) -> Callable[[Clip], dict[str, float]]:
@@ -338,8 +294,20 @@ def train(
         init: name or folder of a model to start from; its tokenizer and geometry hold, not the plan's.
         resume, show, callbacks, saving: as `engine.fit` takes them.
     """
+    objective = objective_of(plan)
+    streams = [entry for entry in plan.data if entry.kind == "stream"]
+    sources: Sequence[Source] | Stream
+    if streams:
+        if len(plan.data) > 1:
+            raise ConfigError("a stream is all of the data of its plan, and cannot be mixed")
+        if init is None and plan.tokenizer.kind == "train":
+            raise ConfigError(
+                "no tokenizer is trained on a stream; take {kind: clip} or a model to start from"
+            )
+        sources = open_stream(streams[0], root)
+    else:
+        sources = open_sources(plan.data, root, objective.texts)
     folder.mkdir(parents=True, exist_ok=True)
-    sources = open_sources(plan, root)
     if init is not None:
         clip = load(init)
     else:
@@ -348,18 +316,23 @@ def train(
             tokenizer: Tokenizer = FileTokenizer.load(kept)
         else:
             tokenizer = open_tokenizer(
-                plan.tokenizer, sources, plan.model.text.context_length, plan.recipe.seed
+                plan.tokenizer,
+                () if isinstance(sources, Stream) else sources,
+                plan.model.text.context_length,
+                plan.recipe.seed,
+                objective.texts,
             )
             if isinstance(tokenizer, FileTokenizer):
                 tokenizer.save(kept)
         clip = fresh_clip(plan, tokenizer)
-    loader = open_loader(plan, sources, clip)
+    # The loader cuts texts at the length that the objective will give the model.
+    loader = open_loader(plan, sources, objective.prepare(clip), objective.texts)
     watch = list(callbacks)
     if plan.evaluation is not None:
         watch.append(Evaluate(evaluation(plan.evaluation, root), every=plan.evaluation.steps))
-    result = fit(
+    return fit(
         clip,
-        objective_named(plan.objective),
+        objective,
         loader,
         plan.recipe,
         folder=folder,
@@ -368,5 +341,3 @@ def train(
         saving=saving,
         show=show,
     )
-    (folder / "skipped.txt").write_text(f"{loader.skipped}\n", encoding="utf-8")
-    return result
