@@ -45,8 +45,9 @@ def test_captions_are_true_bare_or_wrong_as_often_as_they_should_be(pool: proof.
 def test_a_concept_is_one_look_and_test_pictures_are_new_and_balanced(pool: proof.Pool) -> None:
     looks = {}
     for concept, place in zip(pool.concepts, pool.pictures):
-        thing = pool.scenes[place].objects[0]
-        assert looks.setdefault(concept, (thing.shape, thing.color)) == (thing.shape, thing.color)
+        scene = pool.scenes[place]
+        look = (scene.objects[0].color, scene.background, scene.style)
+        assert looks.setdefault(concept, look) == look
     assert len(set(looks.values())) == len(looks)
     assert np.bincount(pool.labels).tolist() == [2] * 40
     assert {scene.index for scene in pool.test}.isdisjoint(scene.index for scene in pool.scenes)
@@ -71,7 +72,7 @@ def test_arms_are_of_one_size_and_the_balanced_one_has_more_of_the_tail(pool: pr
 
 @pytest.mark.parametrize("towers", [False, True])
 def test_the_experiment_measures_every_arm_and_repeats_itself(towers: bool) -> None:
-    size = replace(TINY, towers=towers, pixels=32)
+    size = replace(TINY, towers=towers, pixels=32, samples=64 if towers else 512)
     outcome = proof.experiment(SEED, size)
     arms = {name for name, value in outcome.details.items() if isinstance(value, dict)}
     assert arms == {"random", "matched", "noise_free", "metaclip", "permuted", "ceiling", "pool"}
