@@ -377,3 +377,35 @@ def test_files_of_another_length_are_refused(line_files: Callable[[Sequence[str]
 def test_overlap_is_the_share_of_the_captions_words() -> None:
     assert overlap("A red dog", "the RED dog, a big one") == 1.0
     assert overlap("a red dog", "blue cat") == 0.0 and overlap("", "a") == 0.0
+
+
+def test_the_command_writes_what_a_plan_reads(language_model: CausalModel, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from clipworks.cli import app
+
+    language_model.model.save_pretrained(tmp_path / "model")
+    language_model.tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "pairs").mkdir()
+    for key, text in CAPTIONS.items():
+        (tmp_path / "pairs" / f"{key}.png").write_bytes(b"")
+        (tmp_path / "pairs" / f"{key}.txt").write_text(text)
+    lines = [json.dumps({"source": f"source {i}", "target": f"target {i}"}) for i in range(6)]
+    (tmp_path / "terse.jsonl").write_text("\n".join(lines))
+    out = tmp_path / "rewrites.jsonl"
+    arguments = ["--in", tmp_path / "pairs", "--out", out, "--model", tmp_path / "model"]
+    command = [
+        "curate",
+        "rewrite",
+        *map(str, arguments),
+        "--examples",
+        str(tmp_path / "terse.jsonl"),
+        "--json",
+    ]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["manners"]["terse"]["rewrites"] == len(CAPTIONS)
+    found = read_rewrites(out)
+    assert [len(texts) for texts in found.values()] == [1] * len(CAPTIONS)
+    before = out.read_bytes()
+    assert CliRunner().invoke(app, command).exit_code == 0 and out.read_bytes() == before

@@ -138,6 +138,55 @@ def metadata(
         typer.echo(f"{out}: {len(made):,} entries from {len(words):,} words and {len(titles):,} titles")
 
 
+@app.command(cls=Command)
+def rewrite(
+    pool: Annotated[str, typer.Option("--in", help="Table, folder or shards of pictures with captions.")],
+    out: Annotated[Path, typer.Option(help="The rewrites, JSON lines; an interrupted run is continued.")],
+    model: Annotated[
+        Path, typer.Option(help="Folder of a causal language model, as transformers writes it.")
+    ],
+    examples: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE...", help="JSON lines, source and target, a file a manner; ours if none."),
+    ] = None,
+    text: Annotated[str, typer.Option(help="Column or field with the caption; found by default.")] = "",
+    seed: Annotated[int, typer.Option(help="Other seed, other rewrites.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Prompts at once.")] = 64,
+    device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Say captions in other words by a language model, for the objective laclip (LaCLIP).
+
+    Every caption is rewritten once in each manner. A plan of `clipworks pretrain` takes the file as `rewrites`.
+
+    Example: clipworks curate rewrite --in pairs/ --out rewrites.jsonl --model Llama-3.2-1B/
+    """
+    from clipworks.data import rewrite as rewriting
+    from clipworks.data.pairs import open_pairs
+    from clipworks.data.rewriters import CausalModel
+
+    pairs = open_pairs(pool, captions=(text,) if text else ())
+    captions = {pairs[index].key: pairs.captions[index][0] for index in range(len(pairs))}
+    if len(captions) < len(pairs):
+        raise ConfigError(f"--in {pool}: {len(pairs) - len(captions)} keys are there twice")
+    pools = {path.stem: rewriting.read_pool(path) for path in examples} if examples else None
+    with console.progress("rewrites") as advance:
+        done = rewriting.rewrite(
+            captions,
+            out,
+            CausalModel.load(model, device),
+            pools,
+            seed=seed,
+            batch_size=batch_size,
+            advance=advance,
+        )
+    if as_json:
+        found = {name: {**vars(one), "flags": dict(one.flags)} for name, one in done.pools.items()}
+        console.print_json({"path": str(out), "captions": len(captions), "manners": found})
+    else:
+        typer.echo(f"{out}: {len(captions):,} captions\n{done}")
+
+
 def _lists(given: list[str], language: str | None) -> Metadata | dict[str, Metadata]:
     """One list, or one for each language code."""
     from clipworks.data.metadata import Metadata

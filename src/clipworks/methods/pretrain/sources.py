@@ -37,7 +37,7 @@ class SourcePlan:
             reading of all shards.
         texts: for `pairs` and `stream`, the field or column of each source of texts; if not said, the usual
             names (`caption`, `synthetic`, `long`, `short`, ...).
-        rewrites: file of rewrites that `clipworks rewrite` wrote, relative to the data folder; they stand
+        rewrites: file that `clipworks curate rewrite` wrote, relative to the data folder; its rewrites stand
             with the caption as texts `rewrite`.
         scenes: for `world`, which scenes; settings of its `SceneConfig`, one to three things if not said.
     """
