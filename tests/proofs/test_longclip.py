@@ -51,7 +51,9 @@ def test_the_experiment_measures_every_arm_and_repeats_itself() -> None:
         "untouched", "stretched", "interpolated", "direct", "long_only", "without_components", "long_clip",
     }  # fmt: skip
     for found in outcome.details.values():
-        assert found.keys() == {"late", "short", "long"} and all(0 <= value <= 1 for value in found.values())
+        assert found.keys() == {"late", "short", "long", "both"} and all(
+            0 <= value <= 1 for value in found.values()
+        )
     assert outcome.details["untouched"]["late"] == pytest.approx(0.1)
     direct = outcome.details["direct"]
     assert outcome.baseline == pytest.approx((direct["late"] + direct["short"]) / 2)

@@ -77,6 +77,25 @@ def test_a_method_below_its_baseline_does_not_hold(tmp_path: Path) -> None:
     assert prove(Experiment(0.2).proof(margin=0.5), SEEDS, out=tmp_path / "m")["verdict"] == "does not hold"
 
 
+def test_a_control_that_does_as_well_takes_the_mechanism_from_the_cause(tmp_path: Path) -> None:
+    def run(seed: int, budget: str, data: Path | None) -> Outcome:
+        noise = 0.001 * (seed % 3)
+        arms = {"far": {"top1": 0.5 + noise}, "near": {"top1": 0.699 + noise}, "above": {"top1": 0.8 + noise}}
+        return Outcome(0.5, 0.7, arms)
+
+    def cause(*paths: str) -> tuple[str, list[str]]:
+        proof = Experiment(0).proof(run=run, controls=dict.fromkeys(paths, "something"))
+        said = prove(proof, SEEDS, out=tmp_path / "-".join(paths))
+        return said["mechanism_as_the_cause"], [row["method_is_better"] for row in said["controls"]]
+
+    assert cause("far.top1") == ("supported", ["holds"])
+    assert cause("far.top1", "above.top1") == ("not supported", ["holds", "does not hold"])
+    # As good on the mean: these seeds cannot tell.
+    assert cause("near.top1")[0] == "undecided"
+    with pytest.raises(ConfigError, match="no detail"):
+        cause("far.top5")
+
+
 def test_one_seed_decides_nothing(tmp_path: Path) -> None:
     result = prove(Experiment(0.9).proof(), [1000], out=tmp_path)
     assert (result["verdict"], result["interval"]) == ("undecided", None)

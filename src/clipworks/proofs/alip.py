@@ -287,4 +287,7 @@ PROOF = Proof(
     method="ALIP",
     metric="zero-shot top-1, mean over color, texture, shape and background",
     run=run,
+    controls={
+        "permuted_accuracy": "weights of the right samples: they are dealt out at random",
+    },
 )

@@ -7,7 +7,7 @@ A proof is a file `proofs/<slug>.py` that defines `PROOF`. Seeds 0 to 99 are for
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -48,6 +48,8 @@ class Proof:
             given as `--data`, or None.
         direction: 1 if more of the metric is better, -1 if less is.
         margin: by how much the method must be better for the claim to hold.
+        controls: entries of an outcome's details, by path (`mean_field.both`), with what each lacks of the
+            mechanism. A control that does as well as the method says that the mechanism is not the cause.
     """
 
     slug: str
@@ -58,6 +60,7 @@ class Proof:
     run: Callable[[int, Budget, Path | None], Outcome]
     direction: Literal[1, -1] = 1
     margin: float = 0.0
+    controls: Mapping[str, str] = field(default_factory=dict)
 
 
 def proof_of(slug: str) -> Proof:
@@ -82,3 +85,17 @@ def proven() -> list[str]:
 def module_name(slug: str) -> str:
     """A slug as the name of a module."""
     return slug.replace("-", "_")
+
+
+def detail(outcome: Mapping[str, Any], path: str) -> float:
+    """A number among an outcome's details, by its path.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    found: Any = outcome["details"]
+    for name in path.split("."):
+        if not isinstance(found, Mapping) or name not in found:
+            raise ConfigError(f"the experiment has no detail {path!r}")
+        found = found[name]
+    return float(found)

@@ -431,4 +431,9 @@ PROOF = Proof(
     method="CLOOB",
     metric="zero-shot top-1 accuracy where nothing is tied, mean over color and texture",
     run=run,
+    controls={
+        "mean_field.both": "retrieval: vectors are mixed with the mean of the batch",
+        "infoloob.both": "retrieval",
+        "infonce_memory.both": "the left-out positive in the denominator",
+    },
 )

@@ -95,7 +95,7 @@ class Size:
 
 
 SIZES: dict[Budget, Size] = {
-    "small": Size(train=3000, test=1000, steps=400),
+    "small": Size(train=2500, test=800, steps=300),
     "full": Size(train=20_000, test=4000, steps=1600, lengths=(400, 6400), all_arms=True),
 }
 BATCH = 256
@@ -225,6 +225,8 @@ def experiment(seed: int, size: Size) -> Outcome:
     for steps in size.lengths:
         for name in ("clip", "laclip"):
             results[f"{name}_{steps}_steps"] = measured(seed, steps, world, arms[name]())
+    for found in results.values():
+        found["both"] = mean_of(found)
     details = {f"{name}_{kind}": value for name, found in results.items() for kind, value in found.items()}
     return Outcome(baseline=mean_of(results["clip"]), method=mean_of(results["laclip"]), details=details)
 
@@ -316,4 +318,8 @@ PROOF = Proof(
     method="CLIP on captions and four rewrites, drawn at each visit",
     metric="zero-shot top-1, mean of reworded class texts and of wordings in neither captions nor rewrites",
     run=run,
+    controls={
+        "edits_both": "another's words: edits of the caption itself",
+        "fixed_both": "variation: each picture keeps one of the texts",
+    },
 )

@@ -276,4 +276,8 @@ PROOF = Proof(
     method="m²-Mix",
     metric="recall@1 on held-out pairs, mean over both directions",
     run=run,
+    controls={
+        "soft.recall": "mixtures: only the temperature is softer",
+        "ends.recall": "mixing: each negative is wholly image or text",
+    },
 )

@@ -347,4 +347,8 @@ PROOF = Proof(
     method="MetaCLIP, a quarter kept",
     metric="zero-shot top-1 on the rarer half of the concepts",
     run=run,
+    controls={
+        "permuted.tail": "matched entries of the right texts: they are dealt out at random",
+        "noise_free.tail": "balance: true captions at random",
+    },
 )

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from clipworks.proofs.base import (
     Budget,
     Outcome,
     Proof,
+    detail,
     module_name,
 )
 from clipworks.proofs.statistics import CONFIDENCE, judge, paired_interval
@@ -155,7 +156,33 @@ def summary(proof: Proof, run: dict[str, Any]) -> dict[str, Any]:
         "direction": proof.direction,
         "margin": proof.margin,
         "confidence": CONFIDENCE,
+        **_causes(proof, outcomes),
     }
+
+
+def _causes(proof: Proof, outcomes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the controls say: whether the method is better than each, and so whether its mechanism does it."""
+    if not proof.controls:
+        return {}
+    rows = []
+    for path, lacks in proof.controls.items():
+        values = [detail(outcome, path) for outcome in outcomes]
+        differences = [outcome["method"] - value for outcome, value in zip(outcomes, values, strict=True)]
+        interval = paired_interval(differences)
+        rows.append(
+            {
+                "control": path,
+                "lacks": lacks,
+                "mean": _mean(values),
+                "method_above_it": _mean(differences),
+                "interval": list(interval) if interval else None,
+                "method_is_better": judge(interval, proof.direction, 0.0),
+            }
+        )
+    kinds = {row["method_is_better"] for row in rows}
+    cause = next(kind for kind in ("does not hold", "undecided", "holds") if kind in kinds)
+    said = {"holds": "supported", "undecided": "undecided", "does not hold": "not supported"}[cause]
+    return {"mechanism_as_the_cause": said, "controls": rows}
 
 
 def machine() -> dict[str, Any]:

@@ -275,4 +275,8 @@ PROOF = Proof(
     method="TinyCLIP, inherited by hand",
     metric="zero-shot top-1 accuracy after the training",
     run=run,
+    controls={
+        "scratch_affinity.final": "inherited weights",
+        "shuffled_affinity.final": "inherited weights at their places: they are shuffled",
+    },
 )
