@@ -58,6 +58,17 @@ def read(path: Path) -> Contents:
     return Contents(_state_dict(_read_pickled(path), path))
 
 
+def read_object(path: Path) -> Any:
+    """Whatever a pickled file holds: tensors and plain containers, for files that are no state dict.
+
+    Raises:
+        CheckpointError: naming the file and what is wrong with it.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    return _read_pickled(path)
+
+
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """All tensors, of any shape, of a safetensors file.
 
@@ -160,7 +171,9 @@ def _state_dict(loaded: Any, path: Path) -> dict[str, Tensor]:
         CheckpointError: if there are none, or something among them is no tensor.
     """
     if isinstance(loaded, Mapping):
-        for nest in NESTS:
+        # Some scripts put the run's result in front: "91.17_model_state_dict".
+        named = [name for name in loaded if isinstance(name, str) and name.endswith("_model_state_dict")]
+        for nest in (*NESTS, *named[:1]):
             inner = loaded.get(nest)
             if isinstance(inner, Mapping) and any(isinstance(value, Tensor) for value in inner.values()):
                 loaded = inner

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,7 +48,10 @@ def settle_classes(
 
     if targets is not None:
         try:
-            check_classification_targets(targets)
+            with warnings.catch_warnings():
+                # One example of each of many classes is no regression.
+                warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
+                check_classification_targets(targets)
         except ValueError as error:
             raise EstimatorInputError(str(error)) from error
     if given is None:

@@ -96,6 +96,7 @@ except ImportError:  # the module can be imported, but no estimator can be made
 __all__ = ["Adapter", "TrainedAdapter", "method_named", "methods", "slug_of"]
 
 A = TypeVar("A", bound="Adapter")
+T = TypeVar("T", bound="TrainedAdapter")
 ImageTower = Literal["frozen", "trained", "either"]
 BATCH = 64  # pictures encoded at once
 NO_CLIP_SCALE = 100.0  # of logits where there is no Clip to say it; the released models' own
@@ -140,6 +141,8 @@ class Adapter(ClassifierMixin, BaseEstimator):
     retargets: ClassVar[bool] = False
     # Settings that `clone` hands on as they are.
     shared: ClassVar[tuple[str, ...]] = ("clip", "store")
+    # Settings that only `fit` needs, which `load` does not ask for.
+    only_to_fit: ClassVar[tuple[str, ...]] = ()
 
     # --- what a user calls ---
 
@@ -250,7 +253,7 @@ class Adapter(ClassifierMixin, BaseEstimator):
     @property
     def scale(self) -> float:
         """s, by which cosines become logits: the Clip's own, frozen."""
-        return NO_CLIP_SCALE if self.clip is None else math.exp(float(self.clip.scale))
+        return NO_CLIP_SCALE if self.clip is None else math.exp(float(self.clip.scale.detach()))
 
     @property
     def encoder(self) -> str:
@@ -511,7 +514,7 @@ class Adapter(ClassifierMixin, BaseEstimator):
         about = {
             "method": slug_of(type(self)),
             "settings": held,
-            "to_give": [name for name in others if name != "store"],
+            "to_give": [name for name in others if name not in ("store", *self.only_to_fit)],
             "classes": self.classes_.tolist(),
             "values": fitted.split_plain({k: v for k, v in state.items() if k != "classes_"})[0],
             "clip": None
@@ -675,6 +678,17 @@ class TrainedAdapter(Adapter):
             right += int((logits.argmax(dim=1).cpu() == shots.labels[rows]).sum())
         self.__dict__["_kept"] = kept
         return right / len(shots)
+
+    def _learned_elsewhere(self: T, learned: Mapping[str, Tensor]) -> T:
+        """This estimator as if fitted to its `class_names`, with the weights of `module_` from elsewhere.
+
+        Raises:
+            CheckpointError: if the weights do not fit.
+        """
+        self.classes_, self.texts_ = self._settle(None)
+        self.fitted_on_, self.n_features_in_ = "pictures", self._model.width
+        self._restore({f"module_.{name}": tensor for name, tensor in learned.items()})
+        return self
 
     def _restore(self, tensors: Mapping[str, Tensor]) -> None:
         super()._restore(tensors)
