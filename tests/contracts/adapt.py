@@ -33,11 +33,35 @@ from clipworks.parts.features import FeatureStore
 Make = Callable[..., Adapter]
 NAMES = ("blue thing", "green thing", "red thing")
 SIZE = 32
+CONCEPTS = ("blue", "green", "red", "thing")
 
 # A method's forms by name; each is a function of the Clip that gives settings. "default" is none.
 FORMS: dict[str, dict[str, Callable[[Clip], dict[str, Any]]]] = {
+    "concept-matrix-search": {
+        "default": lambda _: {"concepts": CONCEPTS},
+        "max": lambda _: {"concepts": CONCEPTS, "rule": "max", "center": True},
+    },
+    "promptkd": {
+        "default": lambda clip: {"teacher": clip},
+        "live": lambda clip: {"teacher": clip, "views": 0, "normalize": "numel"},
+    },
+    "promptsrc": {"default": lambda _: {"average_at": 2.0}},
+    "sparse-cbm": {
+        "default": lambda _: {"concepts": CONCEPTS},
+        **{
+            kind: lambda _, kind=kind: {"concepts": CONCEPTS, "kind": kind, "standardize": True}
+            for kind in ("contrastive", "l1", "similarity")
+        },
+    },
+    # The features that the suite makes up are CLIP's alone.
+    "amu-tuning": {"default": lambda _: {"auxiliary": "own"}},
+    "clip-adapter": {"auto": lambda _: {"ratio": "auto"}},
+    "coop": {"middle": lambda _: {"position": "middle"}},
     "linear-probe": {"searched": lambda _: {"C": "auto"}},
     "wise-ft": {"tuned": lambda _: {"alpha": 1.0}},
+    # At the paper's rate no mask can change in the few steps of these fits.
+    "r-amt": {"default": lambda _: {"lr": 5e-3}, "without-dropout": lambda _: {"lr": 5e-3, "drop": 0.0}},
+    "pre": {"mlp-saved-whole": lambda _: {"encoder": "mlp", "gain": 0.0, "keep_encoder": True}},
 }
 # Settings that make a fit fast; what they decide is not what a contract is about.
 FAST = {"epochs": 2, "batch_size": 5, "views": 2}
