@@ -174,6 +174,9 @@ def adapt(
     base_to_new: Annotated[
         bool, typer.Option("--base-to-new", help="Fit to half of the classes, measure on both halves.")
     ] = False,
+    test_pictures: Annotated[
+        int | None, typer.Option(min=1, help="Measure on so many test pictures, the same for all.")
+    ] = None,
     out: Annotated[
         Path, typer.Option(help="Folder of runs, features, table and plot; it is gone on with.")
     ] = Path("comparison"),
@@ -204,20 +207,27 @@ def adapt(
         if not dot:
             raise ConfigError(f"--set takes METHOD.NAME=VALUE, not {one!r}")
         chosen.setdefault(name, {}).update(read_settings(method_named(name), [setting]))
+    for given in chosen.values():
+        if isinstance(given.get("teacher"), str):
+            given["teacher"] = console.load_clip(given["teacher"], device)
     clip = console.load_clip(model, device)
+    left_out: dict[str, str] | None = {} if methods == ["all"] else None
     splits = halved(open_splits(data, size=clip.preprocessing.image_size))
     with console.progress("comparing") as advance:
         runs = comparison.compare(
             clip,
-            comparison.gather(data, splits),
+            comparison.gather(data, splits, test_pictures),
             names,
             shots or [1, 2, 4, 8, 16],
             range(1, seeds + 1),
             out,
             settings=chosen,
             halves=base_to_new,
+            left_out=left_out,
             advance=lambda done, total: advance(done, total),
         )
+    for name, reason in sorted((left_out or {}).items()):
+        console.note(f"left out: {name} ({reason})")
     rows = comparison.summarize(runs)
     written = comparison.write(rows, runs, out)
     if as_json:

@@ -157,7 +157,8 @@ def rewrite(
 ) -> None:
     """Say captions in other words by a language model, for the objective laclip (LaCLIP).
 
-    Every caption is rewritten once in each manner. A plan of `clipworks pretrain` takes the file as `rewrites`.
+    Every caption is rewritten once in each manner. A plan of `clipworks pretrain` takes the file as
+    `rewrites`.
 
     Example: clipworks curate rewrite --in pairs/ --out rewrites.jsonl --model Llama-3.2-1B/
     """

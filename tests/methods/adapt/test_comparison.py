@@ -16,9 +16,11 @@ import torch
 from clipworks.core.clip import Clip
 from clipworks.core.tokenizer import ClipTokenizer
 from clipworks.data.captions import ClassTexts
+from clipworks.data.source import Example, Examples
+from clipworks.data.splits import Splits
 from clipworks.errors import ConfigError, EstimatorInputError
 from clipworks.evaluate.fewshot import few_shot
-from clipworks.methods.adapt.comparison import RUNS, Data, compare, summarize, write
+from clipworks.methods.adapt.comparison import RUNS, Data, compare, gather, summarize, write
 from clipworks.methods.adapt.linear_probe import LinearProbe
 from clipworks.methods.adapt.nearest_mean import NearestMean
 from clipworks.methods.adapt.zero_shot import ZeroShot
@@ -134,3 +136,27 @@ def test_wrong_wishes_are_refused(clip: Clip, data: Data, tmp_path: Path) -> Non
         compare(clip, data, ["nearest-mean"], [11], [1], tmp_path)
     with pytest.raises(ConfigError, match="at least one"):
         compare(clip, data, METHODS, [], [1], tmp_path)
+
+
+def test_fewer_test_pictures_are_the_same_draw_and_other_runs(data: Data) -> None:
+    splits = Splits(
+        *(Examples(Example(str(i), image, label=int(y)) for i, (image, y) in enumerate(zip(*part)))
+          for part in (data.train, data.validation, data.test)),
+        data.classes,
+    )  # fmt: skip
+    few, again, every = (gather("tiles", splits, most) for most in (5, 5, None))
+    assert few.name != every.name and few.test[1].tolist() == again.test[1].tolist()
+    assert len(few.test[1]) == 5 and len(every.test[1]) == len(data.test[1])
+    assert len(few.train[1]) == len(data.train[1])
+
+
+def test_a_method_that_lacks_a_setting_is_an_error_or_left_out(
+    clip: Clip, data: Data, tmp_path: Path
+) -> None:
+    methods = ["nearest-mean", "promptkd", "zero-shot"]
+    with pytest.raises(ConfigError, match="teacher"):
+        compare(clip, data, methods, [2], [1], tmp_path / "error")
+    left_out: dict[str, str] = {}
+    runs = compare(clip, data, methods, [2], [1], tmp_path / "left", left_out=left_out)
+    assert "teacher" in left_out["promptkd"]
+    assert {run["method"] for run in runs} == {"nearest-mean", "zero-shot"}

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from clipworks.core.clip import Clip
 from clipworks.data.captions import ClassTexts
+from clipworks.data.source import Selected
 from clipworks.data.splits import Splits, examples_of
 from clipworks.errors import ConfigError, DataError, require
 from clipworks.evaluate.fewshot import base_new, calibration_error, few_shot, harmonic_mean, places_in, take
@@ -43,8 +44,13 @@ class Data:
     classes: ClassTexts
 
 
-def gather(name: str, splits: Splits) -> Data:
+def gather(name: str, splits: Splits, most: int | None = None) -> Data:
     """The pictures of a data set.
+
+    Args:
+        name: what runs are filed under.
+        splits: its parts.
+        most: test pictures that are measured on, always the same draw; None takes all.
 
     Raises:
         DataError: if its test part is empty.
@@ -52,7 +58,11 @@ def gather(name: str, splits: Splits) -> Data:
     if not len(splits.test):
         raise DataError(f"{name}: has no test part to compare methods on")
     held = examples_of(splits.validation) if len(splits.validation) else ([], np.empty(0, np.int64))
-    return Data(name, examples_of(splits.train), held, examples_of(splits.test), splits.classes)
+    test = splits.test
+    if most is not None and most < len(test):
+        name = f"{name}, {most} test pictures"
+        test = Selected(test, np.sort(np.random.default_rng(0).permutation(len(test))[:most]))
+    return Data(name, examples_of(splits.train), held, examples_of(test), splits.classes)
 
 
 def compare(
@@ -65,6 +75,7 @@ def compare(
     *,
     settings: Settings | None = None,
     halves: bool = False,
+    left_out: dict[str, str] | None = None,
     advance: Advance | None = None,
 ) -> list[dict[str, Any]]:
     """Fit and measure every method at every number of shots under every seed.
@@ -79,6 +90,7 @@ def compare(
         settings: by method, in place of its defaults.
         halves: fit to the base classes, measure on base and new ones (see `evaluate/fewshot`); methods whose
             learned part belongs to its classes are left out.
+        left_out: gets the methods that cannot be fitted with these settings, and why, in place of an error.
         advance: told how many runs are done, of how many.
 
     Returns:
@@ -86,7 +98,7 @@ def compare(
         `encode_seconds`, `fit_seconds`, `predict_seconds`; with halves `base`, `new`, `harmonic`.
 
     Raises:
-        ConfigError: for an unknown method, or no shots.
+        ConfigError: for an unknown method, no shots, or a method that lacks a setting.
         EstimatorInputError: for more shots than a class has pictures.
     """
     if not methods or not shots or not seeds:
@@ -118,6 +130,8 @@ def compare(
         if advance is not None:
             advance(done, len(plan))
         run = known.get(_key(wanted))
+        if left_out is not None and wanted["method"] in left_out:
+            continue
         if run is None:
             estimator = classes[wanted["method"]](
                 clip,
@@ -128,7 +142,14 @@ def compare(
                     **settings.get(wanted["method"], {}),
                 },
             )
-            run = {**wanted, **_measure(estimator, data, wanted["shots"], wanted["seed"], halves)}
+            try:
+                measured = _measure(estimator, data, wanted["shots"], wanted["seed"], halves)
+            except ConfigError as error:
+                if left_out is None:
+                    raise
+                left_out[wanted["method"]] = str(error)
+                continue
+            run = {**wanted, **measured}
             _append(folder / RUNS, run)
         found.append(run)
     if advance is not None:
