@@ -125,12 +125,12 @@ def compare(
         for seed in (seeds if count != WITHOUT_SHOTS else seeds[:1])
     ]
     known = {_key(run): run for run in _read(folder / RUNS)}
-    found = []
+    found, impossible = [], set[tuple[str, int]]()
     for done, wanted in enumerate(plan):
         if advance is not None:
             advance(done, len(plan))
         run = known.get(_key(wanted))
-        if left_out is not None and wanted["method"] in left_out:
+        if (wanted["method"], wanted["shots"]) in impossible:
             continue
         if run is None:
             estimator = classes[wanted["method"]](
@@ -147,6 +147,7 @@ def compare(
             except ConfigError as error:
                 if left_out is None:
                     raise
+                impossible.add((wanted["method"], wanted["shots"]))
                 left_out[wanted["method"]] = str(error)
                 continue
             run = {**wanted, **measured}
