@@ -61,7 +61,7 @@ FORMS: dict[str, dict[str, Callable[[Clip], dict[str, Any]]]] = {
     "wise-ft": {"tuned": lambda _: {"alpha": 1.0}},
     # At the paper's rate no mask can change in the few steps of these fits.
     "r-amt": {"default": lambda _: {"lr": 5e-3}, "without-dropout": lambda _: {"lr": 5e-3, "drop": 0.0}},
-    "pre": {"mlp-saved-whole": lambda _: {"encoder": "mlp", "gain": 0.0, "keep_encoder": True}},
+    "pre": {"mlp-saved-whole": lambda _: {"prompt_encoder": "mlp", "gain": 0.0, "keep_encoder": True}},
 }
 # Settings that make a fit fast; what they decide is not what a contract is about.
 FAST = {"epochs": 2, "batch_size": 5, "views": 2}

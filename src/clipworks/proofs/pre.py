@@ -156,9 +156,9 @@ def arms(clip: Clip, texts: ClassTexts, epochs: int, seed: int) -> dict[str, Ada
             for name, rate in RATES.items()
         },
         "pre": pre(),
-        "frozen_encoder": pre(encoder=Frozen(drawn.network)),
+        "frozen_encoder": pre(prompt_encoder=Frozen(drawn.network)),
         "gain_from_zero": pre(gain=0.0),
-        "same_start": pre(encoder=Shift(offset)),
+        "same_start": pre(prompt_encoder=Shift(offset)),
     }
 
 

@@ -270,3 +270,10 @@ def test_without_scikit_learn_an_estimator_says_what_to_install() -> None:
         spec.loader.exec_module(module)
         with pytest.raises(MissingExtra, match=r"clipworks\[adapt\]"):
             module.Adapter()
+
+
+def test_a_setting_cannot_take_the_name_of_something_in_the_family() -> None:
+    with pytest.raises(TypeError, match="its own encoder"):
+
+        class Shadowing(ZeroShot):
+            encoder: str = "lstm"

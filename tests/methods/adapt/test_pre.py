@@ -87,7 +87,7 @@ def test_without_an_output_of_the_encoder_the_fit_begins_at_zero_shot(clip: Clip
 
     zero_shot = ZeroShot(clip, [name.replace("_", " ") for name in NAMES], template="a photo of a {}.").fit()
     expected = zero_shot.logits(features())
-    for settings in ({"encoder": Nothing()}, {"gain": 0.0}):
+    for settings in ({"prompt_encoder": Nothing()}, {"gain": 0.0}):
         estimator = PRE(clip, NAMES, progress=False, **settings)
         estimator.classes_, estimator.texts_ = estimator._settle(None)
         estimator.module_ = estimator._prepare(None)
@@ -101,7 +101,7 @@ def test_without_an_output_of_the_encoder_the_fit_is_coops(clip: Clip) -> None:
     X = torch.randn(12, 3, 16, generator=torch.Generator().manual_seed(0))
     for per_class in (False, True):
         coop = CoOp(clip, NAMES, init="a photo of a", per_class=per_class, **common).fit(X, Y)
-        pre = PRE(clip, NAMES, encoder=Nothing(), per_class=per_class, **common).fit(X, Y)
+        pre = PRE(clip, NAMES, prompt_encoder=Nothing(), per_class=per_class, **common).fit(X, Y)
         torch.testing.assert_close(pre.context_, coop.context, rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(pre.logits(features()), coop.logits(features()), rtol=1e-6, atol=1e-5)
 
@@ -140,7 +140,7 @@ def test_every_parameter_is_fitted_and_there_are_as_many_as_the_formula_says(cli
 
 def test_the_folded_context_gives_the_logits_of_the_live_encoder(clip: Clip) -> None:
     for encoder in ("lstm", "lstm2"):
-        estimator = fitted(clip, encoder=encoder)
+        estimator = fitted(clip, prompt_encoder=encoder)
         folded = estimator.logits(features())
         context = estimator.context_
         del estimator.context_
@@ -202,18 +202,18 @@ def test_the_best_epoch_is_deployed_with_patience(clip: Clip) -> None:
 def test_an_encoder_that_is_handed_in_stays_as_it_was(clip: Clip) -> None:
     given = nn.Linear(WIDTH, WIDTH)
     before = given.weight.clone()
-    estimator = fitted(clip, encoder=given, lr=0.5)
+    estimator = fitted(clip, prompt_encoder=given, lr=0.5)
     assert torch.equal(given.weight, before) and not torch.equal(
         estimator.module_.encoder.network.weight, before
     )
     with pytest.raises(ShapeError, match="encoder"):
-        fitted(clip, encoder=nn.Linear(WIDTH, 3))
+        fitted(clip, prompt_encoder=nn.Linear(WIDTH, 3))
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"encoder": "gru"}, "lstm2"),
+        ({"prompt_encoder": "gru"}, "lstm2"),
         ({"context_length": -1, "init": None}, "-1"),
     ],
 )

@@ -44,6 +44,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, fields, replace
+from inspect import isroutine
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, cast
@@ -143,6 +144,16 @@ class Adapter(ClassifierMixin, BaseEstimator):
     shared: ClassVar[tuple[str, ...]] = ("clip", "store")
     # Settings that only `fit` needs, which `load` does not ask for.
     only_to_fit: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name in vars(cls).get("__annotations__", {}):
+            inherited = [vars(base)[name] for base in cls.__mro__[1:] if name in vars(base)]
+            if any(isinstance(one, property) or isroutine(one) for one in inherited):
+                # A setting `encoder`, say, would be taken for the name of the tower in the store.
+                raise TypeError(
+                    f"{cls.__name__}: the family has its own {name}; call the setting otherwise"
+                )
 
     # --- what a user calls ---
 

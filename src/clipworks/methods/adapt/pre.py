@@ -86,7 +86,7 @@ def _network(name: str, width: int) -> nn.Module:
     if name == "mlp":
         return nn.Sequential(nn.Linear(width, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, width))
     if name not in ENCODERS:
-        raise ConfigError(f"encoder must be one of {', '.join(ENCODERS)} or a module, not {name!r}")
+        raise ConfigError(f"a prompt encoder is one of {', '.join(ENCODERS)} or a module, not {name!r}")
     if width % 2:
         raise ConfigError(f"a bidirectional encoder needs an even width of the text tower, not {width}")
     layers = 2 if name == "lstm2" else 1
@@ -117,7 +117,7 @@ class PRE(TrainedAdapter):
     Args:
         context_length: M; with `init`, the number of its tokens stands instead.
         init: words whose vectors P begins with; None draws from N(0, 0.02²).
-        encoder: `lstm`, `lstm2`, `mlp`, or a module that keeps the shape of vectors (..., M, w).
+        prompt_encoder: `lstm`, `lstm2`, `mlp`, or a module that keeps the shape of vectors (..., M, w).
         residual: add P to what the encoder makes of it.
         gain: None, or what a learned factor of the encoder's output begins with.
         per_class: vectors of its own for each class, P (C, M, w); serves no other class names.
@@ -126,7 +126,7 @@ class PRE(TrainedAdapter):
 
     context_length: int = 4
     init: str | None = "a photo of a"
-    encoder: str | nn.Module = "lstm"
+    prompt_encoder: str | nn.Module = "lstm"
     residual: bool = True
     gain: float | None = None
     per_class: bool = False
@@ -148,7 +148,9 @@ class PRE(TrainedAdapter):
         else:
             vectors = context_words(self._model, self.init, count).float().cpu().repeat(classes, 1, 1)
         # An encoder that was handed in is a setting; what is learned is a copy of it.
-        network = copy.deepcopy(self.encoder) if isinstance(self.encoder, nn.Module) else self.encoder
+        network = self.prompt_encoder
+        if isinstance(network, nn.Module):
+            network = copy.deepcopy(network)
         encoder = PromptEncoder(width, network, self.residual, self.gain)
         return Prompt(vectors if self.per_class else vectors[0], encoder)
 
