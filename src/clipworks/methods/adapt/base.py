@@ -151,9 +151,7 @@ class Adapter(ClassifierMixin, BaseEstimator):
             inherited = [vars(base)[name] for base in cls.__mro__[1:] if name in vars(base)]
             if any(isinstance(one, property) or isroutine(one) for one in inherited):
                 # A setting `encoder`, say, would be taken for the name of the tower in the store.
-                raise TypeError(
-                    f"{cls.__name__}: the family has its own {name}; call the setting otherwise"
-                )
+                raise TypeError(f"{cls.__name__}: the family has its own {name}; call the setting otherwise")
 
     # --- what a user calls ---
 
