@@ -204,7 +204,7 @@ def meaningless(count: int, seed: int) -> list[str]:
 def trained_head(
     inputs: Tensor, labels: Any, of_test: Tensor, test_labels: Any, epochs: int, seed: int
 ) -> float:
-    """Accuracy of one bias-free layer with the steps of the bottlenecks."""
+    """Accuracy of one bias-free layer on inputs (n, d), with the steps of the bottlenecks."""
     targets = torch.from_numpy(labels)
     weights = torch.zeros(int(targets.max()) + 1, inputs.shape[1], requires_grad=True)
     optimizer = torch.optim.Adam([weights], lr=LR)
@@ -244,7 +244,7 @@ def needed(contributions: Tensor, share: float = 0.95) -> float:
 
 
 def named(bottleneck: SparseCBM, X: Tensor) -> list[set[str]]:
-    """The five concepts named for each picture."""
+    """The five concepts named for each picture, of features X (n, D)."""
     return [{reason.concept for reason in found.reasons} for found in bottleneck.explain(X, top=5)]
 
 

@@ -89,12 +89,12 @@ def maskable(tower: nn.Module, where: Where = "attention", patch_embedding: bool
 
 
 def keep_probability(g_a: Tensor, g_b: Tensor) -> Tensor:
-    """P, of gradients of any one shape: 1 where they agree, |g_a|/(|g_a| + |g_b|) where they oppose."""
+    """P (...), of two gradients (...) of one shape: 1 where they agree, |g_a|/(|g_a| + |g_b|) where they oppose."""
     return 0.5 * (1 + g_a.sign() * (g_a + g_b) / (g_a.abs() + g_b.abs() + EPSILON))
 
 
 def dropped(g_a: Tensor, g_b: Tensor, drop: float, generator: torch.Generator) -> Tensor:
-    """g_a with gradient dropout: where it is dropped, 1 − λ of it is left."""
+    """g_a (...) with gradient dropout by g_b (...): where it is dropped, 1 − λ of it is left."""
     uniform = torch.rand(g_a.shape, generator=generator, device=g_a.device)
     return torch.where(keep_probability(g_a, g_b) > uniform, g_a, (1 - drop) * g_a)
 
@@ -106,7 +106,7 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> 
 
 
 def largest_steps(count: int) -> Tensor:
-    """B_t of steps t = 1 … count, (count,) fp64: the most that Adam (0.9, 0.999) moves in units of lr."""
+    """B_t of steps t = 1 … count, (n,) fp64 for n = count: the most that Adam (0.9, 0.999) moves in units of lr."""
     t = torch.arange(1, count + 1, dtype=torch.float64)
     ratio = 0.81 / 0.999
     powers = (1 - ratio**t) / (1 - ratio)
@@ -132,7 +132,7 @@ class Scores(nn.Module):
 
     @torch.no_grad()
     def masks(self) -> dict[str, Tensor]:
-        """b by name, bool."""
+        """b by name, bool, each (...) as its weight."""
         return {name: m > self.threshold for name, m in zip(self.names, self.values, strict=True)}
 
 
@@ -363,7 +363,7 @@ def pack(mask: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 def unpack(bits: bytes, shape: Sequence[int], source: str) -> Tensor:
-    """The inverse of `pack`, bool.
+    """The inverse of `pack`: a mask (...) of that shape, bool.
 
     Raises:
         CheckpointError: if it is no string of bytes of the length that belongs to the shape.
