@@ -89,12 +89,12 @@ def maskable(tower: nn.Module, where: Where = "attention", patch_embedding: bool
 
 
 def keep_probability(g_a: Tensor, g_b: Tensor) -> Tensor:
-    """P (...), of two gradients (...) of one shape: 1 where they agree, |g_a|/(|g_a| + |g_b|) where they oppose."""
+    """P of two gradients of any shape: 1 where they agree, |g_a|/(|g_a| + |g_b|) where they oppose."""
     return 0.5 * (1 + g_a.sign() * (g_a + g_b) / (g_a.abs() + g_b.abs() + EPSILON))
 
 
 def dropped(g_a: Tensor, g_b: Tensor, drop: float, generator: torch.Generator) -> Tensor:
-    """g_a (...) with gradient dropout by g_b (...): where it is dropped, 1 − λ of it is left."""
+    """g_a, of any shape, with gradient dropout by g_b: where it is dropped, 1 − λ of it is left."""
     uniform = torch.rand(g_a.shape, generator=generator, device=g_a.device)
     return torch.where(keep_probability(g_a, g_b) > uniform, g_a, (1 - drop) * g_a)
 
@@ -132,7 +132,7 @@ class Scores(nn.Module):
 
     @torch.no_grad()
     def masks(self) -> dict[str, Tensor]:
-        """b by name, bool, each (...) as its weight."""
+        """b by name, bool, of any shape."""
         return {name: m > self.threshold for name, m in zip(self.names, self.values, strict=True)}
 
 
@@ -363,7 +363,7 @@ def pack(mask: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 def unpack(bits: bytes, shape: Sequence[int], source: str) -> Tensor:
-    """The inverse of `pack`: a mask (...) of that shape, bool.
+    """The inverse of `pack`: a mask of any shape, bool.
 
     Raises:
         CheckpointError: if it is no string of bytes of the length that belongs to the shape.
