@@ -23,7 +23,7 @@ from clipworks.errors import ClipworksError, nearest
 
 COMMANDS = {
     "Use": ("classify", "index", "segment", "predict", "serve", "export", "models", "demo"),
-    "Train": ("fit", "pretrain", "finetune"),
+    "Train": ("fit", "pretrain", "finetune", "soup"),
     "Research": ("papers", "prove", "audit", "bench", "curate", "world"),
 }
 BAD_INPUT, INTERRUPTED = 2, 130

@@ -146,10 +146,10 @@ def tokenize(clip: Clip, texts: str | Iterable[str]) -> Tokens:
 
 
 class evaluating:
-    """A context in which a Clip is in evaluation mode; afterwards every module is as it was."""
+    """A context in which a Clip or tower is in evaluation mode; afterwards every module is as it was."""
 
-    def __init__(self, clip: Clip):
-        self.modules = [module for module in clip.modules() if module.training]
+    def __init__(self, model: torch.nn.Module):
+        self.modules = [module for module in model.modules() if module.training]
 
     def __enter__(self) -> None:
         for module in self.modules:
