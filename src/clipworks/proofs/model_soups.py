@@ -228,7 +228,7 @@ def labeled(clip: Clip, source: Source, rows: Sequence[int] | NDArray[np.int64])
 
 
 def weights_of(model: FineTuned) -> dict[str, Tensor]:
-    """A copy of what was learned, which stays when the model is given other weights."""
+    """A copy of what was learned, tensors of any shape, which stays when the model is given other weights."""
     return {name: tensor.clone() for name, tensor in model._learned().items()}
 
 

@@ -279,7 +279,7 @@ def recalibrate(module: nn.Module, batches: Iterable[Tensor]) -> None:
 
     Args:
         module: a tower with averaged weights.
-        batches: what it reads, from what the runs were trained on.
+        batches: what it reads, (B, 3, H, W) each, from what the runs were trained on.
     """
     update_bn(batches, module)
 

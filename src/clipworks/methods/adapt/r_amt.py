@@ -106,7 +106,7 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> 
 
 
 def largest_steps(count: int) -> Tensor:
-    """B_t of steps t = 1 … count, (n,) fp64 for n = count: the most that Adam (0.9, 0.999) moves in units of lr."""
+    """B_t of steps t = 1 … n = count, (n,) fp64: the most that Adam (0.9, 0.999) moves in units of lr."""
     t = torch.arange(1, count + 1, dtype=torch.float64)
     ratio = 0.81 / 0.999
     powers = (1 - ratio**t) / (1 - ratio)
