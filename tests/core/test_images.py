@@ -481,7 +481,7 @@ def uneven(count: int) -> list[bytes]:
 
 
 def running() -> set[str]:
-    return {thread.name for thread in threading.enumerate() if thread.name.startswith("clipworks")}
+    return {thread.name for thread in threading.enumerate() if thread.name.startswith("clipworks-pictures")}
 
 
 def test_order_is_kept_and_threads_end() -> None:

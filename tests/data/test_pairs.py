@@ -90,7 +90,7 @@ def test_several_columns_of_captions_all_count(pictures: Path) -> None:
     assert content(pairs) == {"a.png": ("red", "a red one"), "b.png": ("blue",)}
     with pytest.raises(DataError, match=r"'shrot'.*did you mean short"):
         open_pairs(pictures / "my.tsv", captions=("shrot",))
-    with pytest.raises(DataError, match="there are texts short: name one"):
+    with pytest.raises(DataError, match="there are texts long, short: name one"):
         open_pairs(pictures / "my.tsv")
 
 
