@@ -132,10 +132,7 @@ class CoCoOp(TrainedAdapter):
         }
         file.finish(clip)
         loaded.context_length = len(learned["context"])
-        loaded.classes_, loaded.texts_ = loaded._settle(None)
-        loaded.fitted_on_, loaded.n_features_in_ = "pictures", clip.width
-        loaded._restore({f"module_.{name}": tensor for name, tensor in learned.items()})
-        return loaded
+        return loaded._learned_elsewhere(learned)
 
     # --- texts ---
 

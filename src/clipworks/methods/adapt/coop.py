@@ -154,18 +154,16 @@ class CoOp(TrainedAdapter):
         file = DasslFile(path)
         file.drop("token_prefix", "token_suffix")
         loaded = cls(clip, list(class_names), position=position)
-        loaded.classes_, loaded.texts_ = loaded._settle(None)
-        loaded.fitted_on_, loaded.n_features_in_ = "pictures", clip.width
         loaded.per_class = "ctx" in file and file.weights["ctx"].ndim == 3
         if loaded.per_class:
-            own = file.take("ctx", len(loaded.classes_), None, text_tower(clip).width)
-            context = own[[list(class_names).index(name) for name in loaded.texts_.names]]
+            own = file.take("ctx", len(class_names), None, text_tower(clip).width)
+            _, texts = loaded._settle(None)
+            context = own[[list(class_names).index(name) for name in texts.names]]
         else:
             context = file.take("ctx", None, text_tower(clip).width)
         file.finish(clip)
         loaded.context_length = context.shape[-2]
-        loaded._restore({"module_.context": context})
-        return loaded
+        return loaded._learned_elsewhere({"context": context})
 
     # --- texts ---
 

@@ -30,11 +30,12 @@ from clipworks.methods.adapt.base import ImageTower, TrainedAdapter
 from clipworks.parts.dassl import DasslFile
 from clipworks.parts.prompts import (
     context_bank,
-    context_words,
     depth_in,
     prompted_images,
     random_prompts,
+    read_text_prompts,
     read_vision_prompts,
+    text_prompts,
     vision_tower,
 )
 from clipworks.parts.shots import Shots
@@ -155,19 +156,3 @@ class LanguagePrompts(TrainedAdapter):
         file.finish(clip)
         made = cls(clip, class_names, length=len(text[0]), depth=len(text))
         return made._learned_elsewhere({f"text.{i}": prompt for i, prompt in enumerate(text)})
-
-
-def text_prompts(clip: Clip, depth: int, length: int, context: str | None) -> nn.ParameterList:
-    """P_0 … P_{J-1} at their start, (b_t, w_t) each."""
-    depth = depth_in(clip.text, depth, length)
-    first = None if context is None else context_words(clip, context, length)
-    return random_prompts(depth, length, clip.config.text.width, first)
-
-
-def read_text_prompts(file: DasslFile, width: int) -> list[Tensor]:
-    """P_0 … P_{J-1} of a file, (b_t, w_t) each, taken out; the training classes' texts are left out."""
-    first = file.take("prompt_learner.ctx", None, width)
-    file.drop("prompt_learner.token_prefix", "prompt_learner.token_suffix")
-    name = "text_encoder.transformer.resblocks.{}.VPT_shallow"
-    deep = range(1, 1 + file.count(name, 1))
-    return [first, *(file.take(name.format(i), len(first), width) for i in deep)]

@@ -53,11 +53,12 @@ from clipworks.parts.dassl import DasslFile
 from clipworks.parts.features import Views, content, fingerprint, pixels_of
 from clipworks.parts.prompts import (
     context_bank,
-    context_words,
     depth_in,
     prompted_images,
     random_prompts,
+    read_text_prompts,
     read_vision_prompts,
+    text_prompts,
     vision_tower,
 )
 from clipworks.parts.schedules import DASSL, Schedule
@@ -420,10 +421,9 @@ class PromptSRC(TrainedAdapter):
 
     def _prepare(self, shots: Shots | None) -> nn.Module:
         clip, tower = self._model, vision_tower(self._model)
-        start = context_words(clip, self.context, self.length)
-        depths = [depth_in(one, self.depth, self.length) for one in (clip.text, tower)]
-        text = random_prompts(depths[0], self.length, clip.config.text.width, start)
-        return nn.ModuleDict({"text": text, "vision": random_prompts(depths[1], self.length, tower.width)})
+        text = text_prompts(clip, self.depth, self.length, self.context)
+        vision = random_prompts(depth_in(tower, self.depth, self.length), self.length, tower.width)
+        return nn.ModuleDict({"text": text, "vision": vision})
 
     def _encode(self, pixels: Tensor) -> Tensor:
         return prompted_images(vision_tower(self._model), pixels, list(self.module_["vision"]))
@@ -480,17 +480,15 @@ class PromptSRC(TrainedAdapter):
             CheckpointError: if it is no such file, or was trained on another Clip.
         """
         file = DasslFile(path)
-        first = file.take("prompt_learner.ctx", None, clip.config.text.width)
-        name = "text_encoder.transformer.resblocks.{}.VPT_shallow"
-        deep = [file.take(name.format(i), *first.shape) for i in range(1, 1 + file.count(name, 1))]
+        text = read_text_prompts(file, clip.config.text.width)
         vision = read_vision_prompts(file, vision_tower(clip).width)
-        if len(vision) != 1 + len(deep) or len(vision[0]) != len(first):
+        if len(vision) != len(text) or len(vision[0]) != len(text[0]):
             raise CheckpointError(
-                f"{path}: has {1 + len(deep)} text prompts of {len(first)} tokens and {len(vision)} image "
+                f"{path}: has {len(text)} text prompts of {len(text[0])} tokens and {len(vision)} image "
                 f"prompts of {len(vision[0])}; a teacher has as many in both towers"
             )
         leave_out(file)
         file.finish(clip)
-        made = cls(clip, class_names, length=len(first), depth=len(vision))
-        learned = {f"text.{i}": prompt for i, prompt in enumerate([first, *deep])}
+        made = cls(clip, class_names, length=len(text[0]), depth=len(text))
+        learned = {f"text.{i}": prompt for i, prompt in enumerate(text)}
         return made._learned_elsewhere(learned | {f"vision.{i}": prompt for i, prompt in enumerate(vision)})
