@@ -190,7 +190,8 @@ def adapt(
 ) -> None:
     """Compare methods that adapt a Clip: same shots, same seeds, same features.
 
-    Runs that are there already are not computed again. Table, JSON, CSV and a plot are left in --out.
+    Runs that are there already are not computed again. Table, JSON, CSV and a plot are left in --out, of all
+    runs of that folder on the same data and model, those of earlier calls too.
 
     Example: clipworks bench adapt --methods zero-shot linear-probe --data shots/ --shots 1 4 16
     """
@@ -228,6 +229,7 @@ def adapt(
         )
     for name, reason in sorted((left_out or {}).items()):
         console.note(f"left out: {name} ({reason})")
+    runs = comparison.beside(runs, out)
     rows = comparison.summarize(runs)
     written = comparison.write(rows, runs, out)
     if as_json:

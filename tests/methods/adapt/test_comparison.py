@@ -20,10 +20,11 @@ from clipworks.data.source import Example, Examples
 from clipworks.data.splits import Splits
 from clipworks.errors import ConfigError, EstimatorInputError
 from clipworks.evaluate.fewshot import few_shot
-from clipworks.methods.adapt.comparison import RUNS, Data, compare, gather, summarize, write
+from clipworks.methods.adapt.comparison import RUNS, Data, _told, beside, compare, gather, summarize, write
 from clipworks.methods.adapt.linear_probe import LinearProbe
 from clipworks.methods.adapt.nearest_mean import NearestMean
 from clipworks.methods.adapt.zero_shot import ZeroShot
+from clipworks.parts.features import fingerprint
 
 NAMES = ["zebra", "ant", "cow", "bee"]
 
@@ -125,6 +126,28 @@ def test_means_and_deviations_are_written_in_every_form(clip: Clip, data: Data, 
     with csv_path.open() as file:
         assert [line["method"] for line in csv.DictReader(file)] == [row["method"] for row in rows]
     assert plot_path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_comparison_that_grows_shows_all_of_its_runs(clip: Clip, data: Data, tmp_path: Path) -> None:
+    first = compare(clip, data, ["zero-shot", "nearest-mean"], [1, 4], [1, 2], tmp_path)
+    other = Data("other", data.train, data.validation, data.test, data.classes)
+    compare(clip, other, ["nearest-mean"], [1], [1], tmp_path)
+    compare(clip, data, ["linear-probe"], [1], [1], tmp_path, settings={"linear-probe": {"C": 1e-3}})
+    last = compare(clip, data, ["linear-probe"], [1], [1], tmp_path, settings={"linear-probe": {"C": 1e3}})
+
+    def listed(runs: list[dict[str, Any]]) -> list[str]:
+        return sorted(json.dumps(run, sort_keys=True) for run in runs)
+
+    assert listed(beside(last, tmp_path)) == listed(first + last)
+    # A call that does not name a method shows the newest of its settings, the one that does its own.
+    assert listed(beside(first, tmp_path)) == listed(first + last)
+    again = compare(clip, data, ["linear-probe"], [1], [1], tmp_path, settings={"linear-probe": {"C": 1e-3}})
+    assert listed(beside(again, tmp_path)) == listed(first + again)
+    assert len(list(summarize(beside(last, tmp_path)))) == 4
+
+
+def test_a_teacher_is_filed_under_its_weights(clip: Clip) -> None:
+    assert _told({"teacher": clip}) == {"teacher": fingerprint(clip)}
 
 
 def test_wrong_wishes_are_refused(clip: Clip, data: Data, tmp_path: Path) -> None:

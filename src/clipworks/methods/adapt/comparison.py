@@ -158,6 +158,23 @@ def compare(
     return found
 
 
+def beside(runs: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """All runs of a folder that can stand in one table with some of it.
+
+    Those of the same model, data and halves; of a method that was run with several settings, those of `runs`
+    or else of the newest run.
+
+    Args:
+        runs: what `compare` returned.
+        folder: where it left them.
+    """
+    about = {_about(run) for run in runs}
+    there = [run for run in _read(folder / RUNS) if _about(run) in about]
+    settings = {run["method"]: run["settings"] for run in [*there, *runs]}
+    chosen = {_key(run): run for run in there if run["settings"] == settings[run["method"]]}
+    return list(chosen.values())
+
+
 def _measure(estimator: Adapter, data: Data, shots: int, seed: int, halves: bool) -> dict[str, Any]:
     X, y = data.train
     X_test, y_test = data.test
@@ -255,45 +272,95 @@ def write(rows: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]], 
 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Accuracy (or the harmonic mean) against shots, a line a method with its deviation over seeds.
+    """Accuracy (or the harmonic mean) in percent, with its deviation over seeds.
+
+    On the left against the number of shots, a line a method, for methods that were run with several; on the
+    right all methods at the most shots each was run with, the best on top.
 
     Raises:
         MissingExtra: without matplotlib.
     """
     require("matplotlib", extra="evaluate", purpose="the plot of a comparison")
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     measure = "accuracy" if "accuracy" in rows[0] else "harmonic"
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for method in dict.fromkeys(row["method"] for row in rows):
-        own = sorted((row for row in rows if row["method"] == method), key=lambda row: row["shots"])
-        values = [100 * row[measure] for row in own]
-        if own[0]["shots"] == WITHOUT_SHOTS:
-            axes.axhline(values[0], linestyle="--", color="gray", label=method)
-            continue
-        spread = [100 * row[f"{measure}_deviation"] for row in own]
-        axes.errorbar([row["shots"] for row in own], values, spread, marker="o", capsize=3, label=method)
-    axes.set_xscale("log", base=2)
-    ticks = sorted({row["shots"] for row in rows if row["shots"] != WITHOUT_SHOTS})
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.set_xlabel("labeled pictures a class")
-    axes.set_ylabel("accuracy, %" if measure == "accuracy" else "harmonic mean of base and new accuracy, %")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    named = "accuracy, %" if measure == "accuracy" else "harmonic mean of base and new accuracy, %"
+    by_method: dict[str, list[Mapping[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["shots"]):
+        by_method.setdefault(row["method"], []).append(row)
+    order = sorted(by_method, key=lambda method: by_method[method][-1][measure])
+    lines = [method for method in reversed(order) if len(by_method[method]) > 1]
+    palette = colormaps["tab20"]
+    color = {method: palette(place % 20) for place, method in enumerate(lines)}
+    reference = by_method.get("zero-shot")
+
+    height = max(3.5, 0.8 + 0.23 * len(order))
+    figure = Figure(figsize=(11 if lines else 6.5, height), layout="constrained")
+    panels = figure.subplots(1, 2 if lines else 1, squeeze=False)[0]
+    for place, method in enumerate(lines):
+        own = by_method[method]
+        panels[0].errorbar(
+            [row["shots"] for row in own],
+            [100 * row[measure] for row in own],
+            [100 * row[f"{measure}_deviation"] for row in own],
+            marker="osv^D"[place % 5],
+            markersize=4,
+            capsize=3,
+            color=color[method],
+            label=method,
+        )
+    if lines:
+        ticks = sorted({row["shots"] for method in lines for row in by_method[method]})
+        panels[0].set_xscale("log", base=2)
+        panels[0].set_xticks(ticks, [str(tick) for tick in ticks])
+        panels[0].set_xlabel("labeled pictures a class")
+        panels[0].set_ylabel(named)
+        panels[0].grid(alpha=0.3)
+        panels[0].legend(fontsize="x-small", ncols=1 + len(lines) // 9)
+        if reference:
+            panels[0].axhline(100 * reference[0][measure], linestyle="--", color="gray")
+    for place, method in enumerate(order):
+        last = by_method[method][-1]
+        panels[-1].errorbar(
+            100 * last[measure],
+            place,
+            xerr=100 * last[f"{measure}_deviation"],
+            marker="o",
+            capsize=3,
+            color=color.get(method, "black"),
+        )
+    ends = [by_method[method][-1] for method in order]
+    panels[-1].set_yticks(range(len(order)), [_ending(row) for row in ends], fontsize="small")
+    panels[-1].set_xlabel(named)
+    panels[-1].grid(alpha=0.3)
+    if reference:
+        panels[-1].axvline(100 * reference[0][measure], linestyle="--", color="gray")
     figure.savefig(path, dpi=150)
 
 
+def _ending(row: Mapping[str, Any]) -> str:
+    draws = "1 draw" if row["seeds"] == 1 else f"{row['seeds']} draws"
+    told = "no labels" if row["shots"] == WITHOUT_SHOTS else f"{row['shots']} shots, {draws}"
+    return f"{row['method']} ({told})"
+
+
 def _told(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: value if isinstance(value, (bool, int, float, str)) else repr(value)
-        for name, value in settings.items()
-    }
+    def told(value: Any) -> Any:
+        if isinstance(value, Clip):
+            return fingerprint(value)
+        return value if isinstance(value, (bool, int, float, str)) else repr(value)
+
+    return {name: told(value) for name, value in settings.items()}
+
+
+def _about(run: Mapping[str, Any]) -> str:
+    return json.dumps([run.get(name) for name in ("model", "data", "train", "halves")])
 
 
 def _key(run: Mapping[str, Any]) -> str:
-    names = ("model", "data", "train", "halves", "method", "settings", "shots", "seed")
-    return json.dumps([run.get(name) for name in names], sort_keys=True)
+    own = [run.get(name) for name in ("method", "settings", "shots", "seed")]
+    return _about(run) + json.dumps(own, sort_keys=True)
 
 
 def _append(path: Path, run: Mapping[str, Any]) -> None:
