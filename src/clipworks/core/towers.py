@@ -34,6 +34,7 @@ from clipworks.errors import ConfigError, ShapeError
 __all__ = ["Tap", "TextTower", "Tower", "VisionTower", "compose", "resize_positions", "variant"]
 
 At = Tensor | Literal["all"] | None
+Interpolation = Literal["bicubic", "bilinear"]
 
 
 class Tower(nn.Module):
@@ -140,16 +141,24 @@ class VisionTower(Tower):
         pixels = (self.prepare(pixels) - self.mean) / self.std
         return self.patches(pixels.to(self.positions.dtype)).permute(0, 2, 3, 1)
 
-    def place(self, content: Tensor, extra: Tensor | None = None) -> Tensor:
+    def place(self, content: Tensor, extra: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """Patch vectors (B, h, w, width) to tokens (B, N, width): class token first, positions, first norm.
 
         Args:
             content: from `read`; a grid other than the tower's own gets interpolated positions.
             extra: more tokens (B, M, width) or (M, width), appended at the end without a position.
+            positions: a table that already fits this grid, (h w, width), with the class token's row before
+                it if there is one; None for the tower's own, interpolated as `resize_positions` does.
+
+        Raises:
+            ShapeError: if `positions` fits another grid.
         """
         batch, height, width, channels = content.shape
         tokens = content.reshape(batch, height * width, channels)
-        positions = resize_positions(self.positions, (height, width), int(self.config.class_token))
+        if positions is None:
+            positions = resize_positions(self.positions, (height, width), int(self.config.class_token))
+        elif positions.shape != (height * width + int(self.config.class_token), channels):
+            raise ShapeError(f"positions {tuple(positions.shape)} do not fit a grid of {height}x{width}")
         if self.config.class_token:
             tokens = torch.cat([self.class_token.expand(batch, 1, -1), tokens], dim=1)
         tokens = tokens + positions
@@ -337,11 +346,25 @@ def check_pixels(pixels: Tensor, stride: int) -> Tensor:
     return pixels
 
 
-def resize_positions(positions: Tensor, grid: Sequence[int], leading: int = 0) -> Tensor:
+def resize_positions(
+    positions: Tensor,
+    grid: Sequence[int],
+    leading: int = 0,
+    *,
+    interpolation: Interpolation = "bicubic",
+    antialias: bool = True,
+) -> Tensor:
     """A position table (leading + g², w) for another grid: (leading + h w, w).
 
-    Bicubic with antialiasing, computed in fp32; the `leading` rows (class token) are kept. The table's
-    own grid gives back the table itself.
+    Computed in fp32; the `leading` rows (class token) are kept. The table's own grid gives back the table
+    itself.
+
+    Args:
+        positions: the table.
+        grid: h and w.
+        leading: rows before the grid's.
+        interpolation: `bicubic` or `bilinear`.
+        antialias: smooth before a smaller grid is sampled, as the published loaders do.
 
     Raises:
         ConfigError: if the table is not square.
@@ -356,6 +379,8 @@ def resize_positions(positions: Tensor, grid: Sequence[int], leading: int = 0) -
         return positions
     head, table = positions[:leading], positions[leading:]
     maps = table.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
-    maps = F.interpolate(maps, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
+    maps = F.interpolate(
+        maps, size=(height, width), mode=interpolation, antialias=antialias, align_corners=False
+    )
     table = maps.permute(0, 2, 3, 1).reshape(height * width, -1).to(positions.dtype)
     return torch.cat([head, table])

@@ -33,12 +33,68 @@ def descend(
     words: str = "fitting",
     bar: bool | None = None,
 ) -> list[float]:
-    """Fit the parameters of some groups; the order of the examples is a function of the seed.
+    """Fit the parameters of some groups to shots; `descend_rows` says how.
 
     Args:
         shots: the examples; every epoch sees another view of each, where there are several.
-        groups: as an optimizer takes them.
         backward: leaves gradients in the parameters and gives back the loss, detached.
+
+    Returns:
+        The mean loss of each epoch.
+    """
+
+    def step(rows: Tensor, epoch: int) -> Tensor:
+        return backward(
+            Step(
+                shots.inputs(rows, epoch).to(device),
+                shots.labels[rows].to(device),
+                shots.weights[rows].to(device),
+                rows,
+                epoch,
+                shots,
+            )
+        )
+
+    return descend_rows(
+        len(shots),
+        groups,
+        step,
+        schedule,
+        lr=lr,
+        epochs=epochs,
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+        precision=precision,
+        stop=stop,
+        words=words,
+        bar=bar,
+    )
+
+
+def descend_rows(
+    count: int,
+    groups: list[dict[str, Any]],
+    backward: Callable[[Tensor, int], Tensor],
+    schedule: Schedule,
+    *,
+    lr: float,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+    precision: str = "fp32",
+    stop: Callable[[int], bool] | None = None,
+    words: str = "fitting",
+    bar: bool | None = None,
+) -> list[float]:
+    """Fit the parameters of some groups; the order of the examples is a function of the seed.
+
+    Args:
+        count: how many examples there are.
+        groups: as an optimizer takes them.
+        backward: of the rows (b,) of a batch and the number of the epoch; leaves gradients in the parameters
+            and gives back the loss, detached.
         schedule: optimizer and course of the learning rate.
         lr: the highest learning rate.
         epochs: at most.
@@ -62,26 +118,18 @@ def descend(
             f"not epochs={epochs}, batch_size={batch_size}, lr={lr}"
         )
     optimizer = schedule.make(groups, lr)
-    steps = epochs * steps_of_epoch(len(shots), batch_size, schedule.drop_last)
+    steps = epochs * steps_of_epoch(count, batch_size, schedule.drop_last)
     means: list[float] = []
     number = 0
     for epoch in with_bar(range(epochs), epochs, words, bar):
         losses = []
-        for rows in rows_of_epoch(len(shots), batch_size, seed, epoch, schedule.drop_last):
+        for rows in rows_of_epoch(count, batch_size, seed, epoch, schedule.drop_last):
             rate = schedule.lr(lr, epoch, epochs, number, steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["share"]
-            step = Step(
-                shots.inputs(rows, epoch).to(device),
-                shots.labels[rows].to(device),
-                shots.weights[rows].to(device),
-                rows,
-                epoch,
-                shots,
-            )
             optimizer.zero_grad(set_to_none=True)
             with torch.enable_grad(), computing(precision, device):
-                losses.append(backward(step))
+                losses.append(backward(rows, epoch))
             if schedule.clip_norm is not None:
                 held = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
                 nn.utils.clip_grad_norm_(held, schedule.clip_norm)

@@ -26,19 +26,15 @@ and `_restore` if it learns.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from os import PathLike
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clipworks.core.clip import Clip
-from clipworks.errors import CheckpointError, ConfigError, ShapeError, nearest
-from clipworks.parts import fitted
-from clipworks.parts.features import fingerprint
+from clipworks.errors import ConfigError, ShapeError
+from clipworks.parts.method import Method
 
 R = TypeVar("R", bound="Ranker")
 
@@ -57,14 +53,13 @@ class Ranking:
 
 
 @dataclass(eq=False, repr=False)
-class Ranker:
+class Ranker(Method):
     """What ranks a gallery; the module's docstring is the contract.
 
     Args:
         clip: the model; it is never changed.
     """
 
-    clip: Clip
     gallery_: Tensor | None = field(default=None, init=False)
     labels_: NDArray[Any] | None = field(default=None, init=False)
 
@@ -158,74 +153,20 @@ class Ranker:
         """Checked queries (n, D) and gallery (m, D) to (n, m)."""
         raise NotImplementedError
 
-    def _learned(self) -> dict[str, Tensor]:
-        """What is saved besides the gallery."""
-        return {}
+    # --- disk ---
 
-    def _restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """The inverse of `_learned`."""
+    def _tensors(self) -> dict[str, Tensor]:
+        return self._learned() | ({} if self.gallery_ is None else {"gallery": self.gallery_})
 
-    # --- settings and disk ---
+    def _take(self, tensors: dict[str, Tensor]) -> None:
+        self.gallery_ = tensors.pop("gallery", None)
+        self._restore(tensors)
 
-    def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """The settings by name, as scikit-learn asks for them."""
-        return {one.name: getattr(self, one.name) for one in fields(self) if one.init}
+    def _facts(self) -> dict[str, Any]:
+        return {"labels": None if self.labels_ is None else self.labels_.tolist()}
 
-    def set_params(self: R, **settings: Any) -> R:
-        """Change settings by name.
-
-        Raises:
-            ConfigError: for a name that is none of them.
-        """
-        known = self.get_params()
-        for name, value in settings.items():
-            if name not in known:
-                raise ConfigError(f"{type(self).__name__} has no setting {name!r}{nearest(name, known)}")
-            setattr(self, name, value)
-        return self
-
-    def __sklearn_clone__(self: R) -> R:
-        """An unfitted ranker with the same settings, which shares the Clip."""
-        return type(self)(**self.get_params())
-
-    def save(self, folder: str | PathLike[str]) -> Path:
-        """Write the settings, the gallery and what was learned to a folder, nothing of the Clip."""
-        settings = {name: value for name, value in self.get_params().items() if name != "clip"}
-        about = {
-            "method": type(self).__name__,
-            "settings": fitted.split_plain(settings)[0],
-            "labels": None if self.labels_ is None else self.labels_.tolist(),
-            "clip": {"name": self.clip.config.name, "fingerprint": fingerprint(self.clip)},
-        }
-        tensors = self._learned()
-        if self.gallery_ is not None:
-            tensors["gallery"] = self.gallery_
-        fitted.write(Path(folder), about, tensors)
-        return Path(folder)
-
-    @classmethod
-    def load(cls: type[R], folder: str | PathLike[str], clip: Clip, **settings: Any) -> R:
-        """Read what `save` wrote; `settings` replace those that were saved.
-
-        Raises:
-            CheckpointError: if files are missing or damaged, or belong to another method or Clip.
-        """
-        about, tensors = fitted.read(Path(folder))
-        try:
-            if about["method"] != cls.__name__:
-                raise CheckpointError(f"{folder}: holds a {about['method']}, not a {cls.__name__}")
-            if about["clip"]["fingerprint"] != fingerprint(clip):
-                raise CheckpointError(
-                    f"{folder}: was made with the Clip {about['clip']['name']!r}; this one has other weights"
-                )
-            given = {name: fitted.unplain(value) for name, value in about["settings"].items()}
-            loaded = cls(clip, **{**given, **settings})
-            loaded.labels_ = None if about["labels"] is None else np.asarray(about["labels"])
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f"{folder}: not the description of a ranker ({error})") from error
-        loaded.gallery_ = tensors.pop("gallery", None)
-        loaded._restore(tensors)
-        return loaded
+    def _restore_facts(self, about: Mapping[str, Any]) -> None:
+        self.labels_ = None if about["labels"] is None else np.asarray(about["labels"])
 
     # --- checks ---
 
