@@ -42,7 +42,7 @@ import copy
 import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from inspect import isroutine
 from os import PathLike
@@ -57,7 +57,6 @@ from torch.nn import functional as F
 
 from clipworks.core.clip import Clip, unit
 from clipworks.data.captions import PHOTO_TEMPLATE, ClassTexts
-from clipworks.encode.bulk import evaluating
 from clipworks.engine.precision import computing, resolve
 from clipworks.engine.randomness import own_randomness
 from clipworks.engine.recipe import Precision
@@ -75,6 +74,7 @@ from clipworks.parts.features import (
     listed,
     pixels_of,
 )
+from clipworks.parts.frozen import undisturbed
 from clipworks.parts.progress import with_bar
 from clipworks.parts.schedules import DASSL, Schedule
 from clipworks.parts.shots import Shots, Step, are_features, as_table, view_features, weights_of
@@ -466,21 +466,8 @@ class Adapter(ClassifierMixin, BaseEstimator):
 
         check_is_fitted(self, "classes_")
 
-    @contextmanager
-    def _undisturbed(self) -> Iterator[None]:
-        """The Clip in evaluation mode and without gradients of its own; afterwards as it was."""
-        if self.clip is None:
-            yield
-            return
-        asking = [parameter for parameter in self.clip.parameters() if parameter.requires_grad]
-        with evaluating(self.clip):
-            try:
-                for parameter in asking:
-                    parameter.requires_grad_(False)
-                yield
-            finally:
-                for parameter in asking:
-                    parameter.requires_grad_(True)
+    def _undisturbed(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.clip is None else undisturbed(self.clip)
 
     def __repr__(self, **_: Any) -> str:
         default = {item.name: item.default for item in fields(self)}
