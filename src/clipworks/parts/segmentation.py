@@ -159,7 +159,7 @@ def palette(count: int) -> np.ndarray:
 
 
 def read_mask(mask: Any, size: tuple[int, int] | None = None, *, where: str = "the mask") -> np.ndarray:
-    """A label map (H, W) int64 from an array, a tensor, or a picture of indices or grays (or its path, or bytes).
+    """A label map (H, W) int64 from an array, a tensor, a picture of indices or grays, its path or bytes.
 
     Args:
         mask: what holds it.
@@ -175,11 +175,8 @@ def read_mask(mask: Any, size: tuple[int, int] | None = None, *, where: str = "t
             mask = read_picture(mask, eight_bit=False)
         except PictureError as error:
             raise DataError(f"not a mask: {error}") from error
-    if isinstance(mask, Image.Image):
-        if mask.mode not in ("L", "P", "1", "I", "I;16"):
-            raise DataError(
-                f"{where}: a mask holds one number a pixel; this is a picture of mode {mask.mode}"
-            )
+    if isinstance(mask, Image.Image) and mask.mode not in ("L", "P", "1", "I", "I;16"):
+        raise DataError(f"{where}: a mask holds one number a pixel, not a picture of mode {mask.mode}")
     values = mask.numpy(force=True) if isinstance(mask, Tensor) else np.asarray(mask)
     if values.ndim == 3 and 1 in (values.shape[0], values.shape[2]):
         values = values.squeeze(0 if values.shape[0] == 1 else 2)
