@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import threading
 from collections.abc import Callable
@@ -11,13 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from tests.serve.client import Answer, Client, picture, wait_until
+
+from clipworks.methods.dense.maskclip import MaskCLIP
 
 TOLERANCE = 1e-5
 
 
-def b64(seed: int) -> str:
-    return base64.b64encode(picture(seed)).decode()
+def b64(seed: int, size: tuple[int, int] = (40, 32)) -> str:
+    return base64.b64encode(picture(seed, size)).decode()
 
 
 def vectors(answer: Answer) -> np.ndarray:
@@ -158,6 +162,61 @@ def test_classify_gives_the_probabilities_of_the_library(client: Client, clip: A
 )
 def test_what_cannot_be_classified_is_refused(client: Client, change: dict[str, Any]) -> None:
     answer = client.post("/classify", {"images": [b64(1)], "labels": ["a", "b"]} | change)
+    assert answer.status == 400, answer.body
+
+
+# ------------------------------------------------------------------------------------------ segment
+
+
+def test_segment_gives_the_map_of_the_library(client: Client, clip: Any) -> None:
+    labels = ["a cat", "an owl", "a dog"]
+    expected = MaskCLIP(clip, templates=("a photo of {}.",)).segment(
+        picture(1), labels, background="an owl", unknown_below=0.34
+    )
+    fields = [("image", picture(1)), ("background", "an owl"), ("unknown_below", "0.34")]
+    for answer in (
+        client.post(
+            "/segment",
+            {"image": b64(1), "labels": labels, "background": "an owl", "unknown_below": 0.34},
+        ),
+        client.form("/segment", [*fields, *(("labels", label) for label in labels)]),
+    ):
+        assert answer.status == 200, answer.body
+        shown = Image.open(io.BytesIO(base64.b64decode(answer.json["map"])))
+        assert (answer.json["height"], answer.json["width"]) == expected.size
+        found = np.asarray(shown).astype(int)
+        assert (np.where(found == 255, -1, found) == expected.map.numpy()).mean() > 0.99
+        colors = [bytes(color).hex() for color in expected.palette]
+        assert [region["color"] for region in answer.json["regions"]] == [f"#{color}" for color in colors]
+        assert bytes(shown.getpalette()[:9]).hex() == "".join(colors)
+        shares = [region["share"] for region in answer.json["regions"]]
+        assert np.isclose(sum(shares) + answer.json["unknown"], 1)
+
+
+def test_a_large_picture_is_answered_at_the_side_that_is_asked_for(client: Client) -> None:
+    large = b64(1, (400, 200))
+    answer = client.post("/segment", {"image": large, "labels": ["a cat"], "side": 100})
+    assert answer.status == 200, answer.body
+    assert (answer.json["width"], answer.json["height"]) == (100, 50)
+    assert answer.json["regions"][0]["share"] == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"labels": []},
+        {"labels": ["a", "a"]},
+        {"labels": [" "]},
+        {"labels": list(map(str, range(256)))},
+        {"background": "c"},
+        {"unknown_below": 2},
+        {"template": "nothing"},
+        {"side": 100_000},
+        {"image": "no picture"},
+    ],
+)
+def test_what_cannot_be_segmented_is_refused(client: Client, change: dict[str, Any]) -> None:
+    answer = client.post("/segment", {"image": b64(1), "labels": ["a", "b"]} | change)
     assert answer.status == 400, answer.body
 
 

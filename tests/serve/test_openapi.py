@@ -35,7 +35,7 @@ def test_every_operation_says_what_it_takes_and_every_answer_it_gives(document: 
         for method, operation in operations.items()
     }
     assert {path for _, path in paths} == {
-        *("/v1/embeddings", "/classify", "/search", "/thumbnail", "/fewshot", "/fewshot/{id}"),
+        *("/v1/embeddings", "/classify", "/segment", "/search", "/thumbnail", "/fewshot", "/fewshot/{id}"),
         *("/models", "/healthz", "/metrics"),
     }
     for (method, path), operation in paths.items():

@@ -103,6 +103,29 @@ def test_pictures_are_classified_by_labels_of_ones_own(page: Any, clip: Any) -> 
     shot(page, "classify")
 
 
+def test_a_picture_is_segmented_and_its_colors_fade(page: Any) -> None:
+    page.get_by_role("tab", name="Segment").click()
+    page.get_by_label("What may be where").fill("a cat\na dog\nan owl")
+    page.get_by_text("What is none of them").click()
+    page.get_by_label("none of the others").select_option("an owl")
+    page.locator("#segment-image").set_input_files(file(1, "one.png"))
+    legend = page.get_by_role("list", name="Labels and their shares").get_by_role("listitem")
+    playwright.expect(legend).to_have_count(3)
+    shares = [float(text.split()[-2]) for text in legend.all_inner_texts()]
+    assert abs(sum(shares) - 100) < 0.2
+    assert shares == sorted(shares, reverse=True)
+    colors = page.locator("#label-map")
+    playwright.expect(colors).to_have_css("opacity", "0.55")
+    page.get_by_label("Opacity").focus()
+    page.keyboard.press("Home")
+    playwright.expect(colors).to_have_css("opacity", "0")
+    assert "Where it shows" in str(colors.get_attribute("alt"))
+    page.keyboard.press("End")
+    boxes = [page.locator(f"#layers img >> nth={place}").bounding_box() for place in (0, 1)]
+    assert boxes[0] == boxes[1]
+    shot(page, "segment")
+
+
 def test_a_classifier_is_fitted_to_a_few_pictures_and_tried(page: Any, clip: Any) -> None:
     pytest.importorskip("sklearn")
     from clipworks.methods.adapt.gda import GDA

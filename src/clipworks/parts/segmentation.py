@@ -20,7 +20,7 @@ from clipworks.errors import ConfigError, DataError, PictureError, ShapeError
 from clipworks.parts.windows import stretch
 
 UNKNOWN = -1
-ROWS = 256  # of a picture that are in memory at once with the scores of all labels
+AT_ONCE = 1 << 24  # scores of all labels that are in memory at the picture's size at the same time
 UNKNOWN_COLOR = (128, 128, 128)
 
 
@@ -81,8 +81,9 @@ class Segmentation:
 
     def bands(self) -> Iterator[tuple[slice, Tensor]]:
         """The scores some rows at a time: the rows, and (K, R, W)."""
-        for start in range(0, self.size[0], ROWS):
-            rows = slice(start, min(start + ROWS, self.size[0]))
+        step = max(1, AT_ONCE // (len(self.labels) * self.size[1]))
+        for start in range(0, self.size[0], step):
+            rows = slice(start, min(start + step, self.size[0]))
             yield rows, stretch(self.coarse, self.cells, self.size, rows)
 
     def shares(self) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import importlib
 import importlib.util
+import io
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -15,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from clipworks import __version__
-from clipworks.errors import ClipworksError, PictureError, require
+from clipworks.errors import ClipworksError, ConfigError, PictureError, require
 from clipworks.serve import bodies, schemas
 from clipworks.serve.batching import Busy, Closed
 from clipworks.serve.bodies import BadBody
@@ -145,6 +146,9 @@ class _Routes:
         self.service, self.measures, self.state = service, measures, state
         self.started = int(time.time())
         self.tasks = ["embeddings", "classify"]
+        with suppress(ConfigError):  # a tower of another library has no places
+            _ = service.segmenter
+            self.tasks.append("segment")
         if service.index is not None:
             self.tasks.append("search")
         if importlib.util.find_spec("sklearn") is not None:  # the extra `adapt`
@@ -176,6 +180,8 @@ class _Routes:
 
         post("/v1/embeddings", self.embeddings, schemas.EmbeddingsRequest, schemas.Embeddings, 404)
         post("/classify", self.classify, schemas.ClassifyRequest, schemas.Classified)
+        if "segment" in self.tasks:
+            post("/segment", self.segment, schemas.SegmentRequest, schemas.Segmented)
         if "search" in self.tasks:
             post("/search", self.search, schemas.SearchRequest, schemas.SearchResult)
             kinds = {200: {"content": {"image/jpeg": {"schema": {"type": "string", "format": "binary"}}}}}
@@ -242,6 +248,37 @@ class _Routes:
             )
         found = await self.service.classify(asked.images, asked.labels, asked.template)
         return self._classified(asked.labels, found)
+
+    async def segment(self, request: Request) -> schemas.Segmented:
+        """Say which of the labels each pixel of a picture shows."""
+        asked = await bodies.read(request, schemas.SegmentRequest)
+        found = await self.service.segment(
+            asked.image,
+            asked.labels,
+            background=asked.background,
+            unknown_below=asked.unknown_below,
+            template=asked.template,
+            side=asked.side,
+        )
+
+        def answer() -> schemas.Segmented:
+            shares, colors = found.shares(), found.palette
+            regions = [
+                schemas.Region(label=label, share=shares[label], color="#" + bytes(color).hex())
+                for label, color in zip(found.labels, colors, strict=True)
+            ]
+            buffer = io.BytesIO()
+            found.picture().save(buffer, "PNG")
+            return schemas.Segmented(
+                model=self.service.name,
+                width=found.size[1],
+                height=found.size[0],
+                regions=regions,
+                unknown=max(0.0, 1 - sum(shares[label] for label in found.labels)),
+                map=base64.b64encode(buffer.getvalue()).decode("ascii"),
+            )
+
+        return await self.service.aside(answer)
 
     async def search(self, request: Request) -> schemas.SearchResult:
         """Find what is nearest to words, to a picture, or to both together."""

@@ -112,6 +112,31 @@ class ClassifyRequest(Form):
     ] = "a photo of {a} {}."
 
 
+class SegmentRequest(Form):
+    """A picture, and what may be where in it."""
+
+    files: ClassVar[tuple[str, ...]] = ("image",)
+    several: ClassVar[tuple[str, ...]] = ("labels",)
+
+    image: Annotated[Picture, Field(examples=[PIXEL])]
+    labels: Annotated[
+        list[Text],
+        Field(min_length=1, max_length=255, description="Each once.", examples=[["sky", "road", "car"]]),
+    ]
+    background: Annotated[
+        str | None, Field(description='Which of the labels means "none of the others".')
+    ] = None
+    unknown_below: Annotated[
+        float | None, Field(ge=0, le=1, description="Leave pixels without a label whose score is lower.")
+    ] = None
+    template: Annotated[
+        str, Field(description="A sentence with {} for the label and, if wanted, {a} for its article.")
+    ] = "a photo of {a} {}."
+    side: Annotated[
+        int, Field(ge=16, le=2048, description="Pixels of the longer side of the answer, at most.")
+    ] = 1024
+
+
 class SearchRequest(Form):
     """What to look for: words, a picture, or both."""
 
@@ -172,6 +197,7 @@ class PredictRequest(Form):
 REQUESTS: tuple[type[Form], ...] = (
     EmbeddingsRequest,
     ClassifyRequest,
+    SegmentRequest,
     SearchRequest,
     FitRequest,
     PredictRequest,
@@ -220,6 +246,31 @@ class Classified(BaseModel):
 
     model: str
     pictures: list[Predictions]
+
+
+class Region(BaseModel):
+    """A label, the share of the picture that has it, and its color in the map."""
+
+    label: str
+    share: Annotated[float, Field(ge=0, le=1.0001)]
+    color: Annotated[str, Field(pattern="^#[0-9a-f]{6}$")]
+
+
+class Segmented(BaseModel):
+    """A label for every pixel."""
+
+    model: str
+    width: int
+    height: int
+    regions: Annotated[list[Region], Field(description="In the order of the labels.")]
+    unknown: Annotated[float, Field(description="The share of the picture without a label.")]
+    map: Annotated[
+        str,
+        Field(
+            description="A PNG in base64, width x height, whose pixels are places in the list of labels, "
+            "255 for none, with the labels' colors as its palette."
+        ),
+    ]
 
 
 class Found(BaseModel):
@@ -284,7 +335,7 @@ class Models(BaseModel):
     object: Literal["list"] = "list"
     data: list[Model]
     tasks: Annotated[
-        list[str], Field(description="embeddings, classify, and search, fewshot where available.")
+        list[str], Field(description="embeddings, classify, and segment, search, fewshot where available.")
     ]
     index: IndexContent | None
 

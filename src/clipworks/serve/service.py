@@ -24,9 +24,10 @@ from torch import Tensor
 
 from clipworks.core.clip import Clip
 from clipworks.core.tokenizer import Tokens
-from clipworks.data.captions import fill
+from clipworks.data.captions import ClassTexts, fill
 from clipworks.encode.bulk import encode_images, encode_texts, tokenize
 from clipworks.errors import ConfigError, DataError, PictureError
+from clipworks.parts.dense import dense_tower
 from clipworks.parts.features import Views, content
 from clipworks.serve import fetch, uploads
 from clipworks.serve.batching import Batcher
@@ -34,6 +35,8 @@ from clipworks.serve.settings import USUAL, Limits
 
 if TYPE_CHECKING:
     from clipworks.methods.adapt.gda import GDA
+    from clipworks.methods.dense.maskclip import MaskCLIP
+    from clipworks.parts.segmentation import Segmentation
     from clipworks.search import Hit, Index
 
 T = TypeVar("T")
@@ -152,6 +155,49 @@ class Service:
         vectors, _ = await self.embed(pictures, ["image"] * len(pictures))
         with torch.no_grad():
             return self.clip.logits(vectors, head.to(vectors)).softmax(dim=-1)
+
+    # --- places ---
+
+    @property
+    def segmenter(self) -> MaskCLIP:
+        """What says where things are.
+
+        Raises:
+            ConfigError: if the image tower has no places.
+        """
+        from clipworks.methods.dense.maskclip import MaskCLIP
+
+        dense_tower(self.clip)
+        return MaskCLIP(self.clip, progress=False)
+
+    async def segment(
+        self,
+        picture: str | bytes,
+        labels: Sequence[str],
+        *,
+        background: str | None = None,
+        unknown_below: float | None = None,
+        template: str = TEMPLATE,
+        side: int = 1024,
+    ) -> Segmentation:
+        """What `MaskCLIP` finds in a picture that is made smaller first, if its longer side exceeds `side`.
+
+        Raises:
+            ConfigError, PictureError: as `Segmenter.segment`.
+        """
+        from clipworks.methods.dense.base import Asked
+
+        head = await self.head(labels, template)
+        segmenter = self.segmenter
+        if background is not None and background not in labels:
+            raise ConfigError(f"the background {background!r} is none of the labels")
+        place = None if background is None else labels.index(background)
+        asked = Asked(ClassTexts(labels, templates=(template,)), head, place)
+        with self._room(1):
+            data = await self._file(picture)
+            image = await self._in(self._readers, uploads.picture_of, data, side, self.limits.pixels)
+            call = self.batcher.call(lambda: segmenter.segment(image, asked, unknown_below=unknown_below))
+            return await asyncio.wrap_future(call)
 
     # --- search ---
 

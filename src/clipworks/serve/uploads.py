@@ -7,6 +7,7 @@ import binascii
 import re
 from io import BytesIO
 
+from PIL import Image
 from torch import Tensor
 
 from clipworks.core.images import Preprocessing
@@ -58,19 +59,32 @@ class _Sent(BytesIO):
     name = "picture"
 
 
+def picture_of(data: bytes, side: int, most_pixels: int) -> Image.Image:
+    """Bytes of a file to a picture whose longer side has at most `side` pixels.
+
+    Raises:
+        PictureError: if they are no picture, a damaged one, or one that would take too much.
+    """
+    _check_scans(data)
+    return _small(read_picture(_Sent(data), target=side, max_pixels=most_pixels), side)
+
+
 def thumbnail(path: str, side: int, most_pixels: int) -> bytes:
     """A picture file as a JPEG whose longer side has at most `side` pixels.
 
     Raises:
         PictureError: if it cannot be read.
     """
-    picture = read_picture(path, target=side, max_pixels=most_pixels)
-    if picture.mode != "RGB":
-        picture = picture.convert("RGB")
-    picture.thumbnail((side, side))
+    picture = _small(read_picture(path, target=side, max_pixels=most_pixels), side)
     buffer = BytesIO()
     picture.save(buffer, "JPEG", quality=85)
     return buffer.getvalue()
+
+
+def _small(picture: Image.Image, side: int) -> Image.Image:
+    picture = picture.convert("RGB")
+    picture.thumbnail((side, side))
+    return picture
 
 
 def _check_scans(data: bytes) -> None:

@@ -180,7 +180,7 @@ class Segmenter(DenseMethod):
     def segment(
         self,
         image: Any,
-        labels: Sequence[str] | ClassTexts,
+        labels: Sequence[str] | ClassTexts | Asked,
         *,
         background: str | None = None,
         unknown_below: float | None = None,
@@ -189,7 +189,7 @@ class Segmenter(DenseMethod):
 
         Args:
             image: anything that `read_picture` takes.
-            labels: K different names.
+            labels: K different names, or what `ask` made of them, which says the background too.
             background: which of them means "none of the others".
             unknown_below: leave pixels without a label whose best score is lower, in [0, 1].
 
@@ -205,7 +205,7 @@ class Segmenter(DenseMethod):
     def segment_all(
         self,
         images: Iterable[Any],
-        labels: Sequence[str] | ClassTexts,
+        labels: Sequence[str] | ClassTexts | Asked,
         *,
         background: str | None = None,
         unknown_below: float | None = None,
@@ -229,10 +229,8 @@ class Segmenter(DenseMethod):
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, not {batch_size}")
-        texts, place = self._texts(labels, background)
         stride = aligned_stride(self._window, self.overlap, self.patch)
-        with undisturbed(self.clip), torch.no_grad():
-            asked = self._asked(texts, place)
+        asked = labels if isinstance(labels, Asked) else self.ask(labels, background)
         waiting: deque[_Job | Unreadable] = deque()
         windows: list[tuple[_Job, int, int]] = []
         shown = self.progress if progress is None else progress
@@ -255,6 +253,16 @@ class Segmenter(DenseMethod):
             windows = self._look(windows, asked, batch_size)
         while waiting:
             yield self._finish(waiting.popleft(), asked, unknown_below)
+
+    def ask(self, labels: Sequence[str] | ClassTexts, background: str | None = None) -> Asked:
+        """The labels as this method reads them, to be given to `segment` in their place many times.
+
+        Raises:
+            ConfigError: as `segment`.
+        """
+        texts, place = self._texts(labels, background)
+        with undisturbed(self.clip), torch.no_grad():
+            return self._asked(texts, place)
 
     # --- what a method may define ---
 

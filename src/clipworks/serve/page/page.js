@@ -1,4 +1,4 @@
-// The page: search, classify, few shots. Nothing is fetched from anywhere but the service it came from, and
+// The page: search, classify, segment, few shots. Nothing is fetched from anywhere but the service it came from, and
 // words of users and files only ever become text, never markup.
 
 const $ = (id) => document.getElementById(id);
@@ -175,7 +175,7 @@ let toClassify = [];
 
 function classify() {
   return doing($("classify-form"), $("classify-status"), async () => {
-    const labels = [...new Set($("labels").value.split("\n").map((line) => line.trim()).filter(Boolean))];
+    const labels = lines($("labels"));
     if (!labels.length) throw new Error("Give at least one label.");
     if (!toClassify.length) throw new Error("Give at least one picture.");
     const entries = labels.map((label) => ["labels", label]);
@@ -194,6 +194,69 @@ droppable($("classify-drop"), (files) => {
   toClassify = files;
   classify();
 });
+
+// --- segment ---
+
+let toSegment = null;
+
+const lines = (area) => [...new Set(area.value.split("\n").map((line) => line.trim()).filter(Boolean))];
+
+function segment() {
+  return doing($("segment-form"), $("segment-status"), async () => {
+    const labels = lines($("places"));
+    if (!labels.length) throw new Error("Give at least one label.");
+    if (!toSegment) throw new Error("Give a picture.");
+    const entries = [["image", toSegment], ...labels.map((label) => ["labels", label])];
+    const background = $("segment-background").value;
+    if (background) entries.push(["background", background]);
+    if (Number($("segment-unknown").value) > 0) entries.push(["unknown_below", $("segment-unknown").value]);
+    const found = await call("segment", form(entries));
+    const below = shown(toSegment, toSegment.name);
+    const about = found.regions.filter((region) => region.share > 0).map((region) => region.label).join(", ");
+    const above = make("img", { alt: `Where it shows: ${about || "none of the labels"}`, id: "label-map" });
+    above.src = `data:image/png;base64,${found.map}`;
+    $("layers").replaceChildren(below, above);
+    const rows = [...found.regions].sort((one, other) => other.share - one.share);
+    if (found.unknown > 0.0005) rows.push({ label: "no label", share: found.unknown, color: "#808080" });
+    $("legend").replaceChildren(
+      ...rows.map(({ label, share, color }) => {
+        const patch = make("span", { class: "patch", "aria-hidden": "true" });
+        patch.style.background = color;
+        return make("li", {}, patch, make("span", {}, label), make("span", { class: "score" }, `${(100 * share).toFixed(1)} %`));
+      }),
+    );
+    fade();
+    $("segmented").hidden = false;
+    return `${plural(found.regions.filter((region) => region.share > 0).length, "label")} in`;
+  });
+}
+
+function fade() {
+  const map = $("label-map");
+  if (map) map.style.opacity = Number($("segment-opacity").value) / 100;
+}
+
+function offerBackgrounds() {
+  const chosen = $("segment-background").value;
+  const labels = lines($("places"));
+  $("segment-background").replaceChildren(
+    make("option", { value: "" }, "no label does"),
+    ...labels.map((label) => make("option", { value: label }, label)),
+  );
+  $("segment-background").value = labels.includes(chosen) ? chosen : "";
+}
+
+$("places").addEventListener("input", offerBackgrounds);
+$("segment-opacity").addEventListener("input", fade);
+$("segment-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  segment();
+});
+droppable($("segment-drop"), ([file]) => {
+  toSegment = file;
+  segment();
+});
+offerBackgrounds();
 
 // --- few shots ---
 
@@ -305,7 +368,7 @@ async function start() {
     $("search-fields").textContent = `Columns: ${names.join(", ")}.`;
   }
   $("about").textContent = parts.join(" ");
-  for (const name of ["search", "classify", "fewshot"]) $(`tab-${name}`).hidden = !about.tasks.includes(name);
+  for (const name of ["search", "classify", "segment", "fewshot"]) $(`tab-${name}`).hidden = !about.tasks.includes(name);
   if (!$("classes").children.length) for (const _ of [1, 2]) addClass();
   open(tabs().find((tab) => `#${tab.getAttribute("aria-controls")}` === location.hash) ?? tabs()[0]);
 }
