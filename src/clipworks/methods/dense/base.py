@@ -96,7 +96,7 @@ class DenseMethod(Method):
     Args:
         clip: the model; it is never changed.
         size: the shorter side to which pictures are scaled; None for twice the tower's, `"full"` for none.
-        window: the side of a window in pixels; None for twice the tower's own.
+        window: the side of a window in pixels; None for what the tower was trained with.
         overlap: share of a window that its neighbor sees too, 0 to below 1.
         blend: `smooth` windows fade into each other, `uniform` ones are averaged.
         precision: of the towers: `fp32`, `bf16`, or `auto`.
@@ -154,7 +154,7 @@ class DenseMethod(Method):
 
     @property
     def _window(self) -> int:
-        given = 2 * self.clip.preprocessing.image_size if self.window is None else self.window
+        given = self.clip.preprocessing.image_size if self.window is None else self.window
         return max(self.patch, given // self.patch * self.patch)
 
     @property
