@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from clipworks import load
 from clipworks.cli import app
+from clipworks.methods.adapt.base import Adapter, print_of
 
 COLORS = {"blue_thing": 2, "green_thing": 1, "red_thing": 0}
 
@@ -95,3 +97,17 @@ def test_bad_input_is_one_line(words: list[str], said: str, shots: Path, tmp_pat
     assert done.exit_code == 2
     assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_run_can_teach(shots: Path, tmp_path: Path) -> None:
+    teacher, student = tmp_path / "teacher", tmp_path / "student"
+    done = run("fit", "coop", "--data", shots, "--out", teacher, "--set", "epochs=1")
+    assert done.exit_code == 0, done.output
+    taught = ["--set", f"teacher={teacher}", "epochs=1", "views=1"]
+    done = run("fit", "promptkd", "--data", shots, "--out", student, *taught)
+    assert done.exit_code == 0, done.output
+    about = json.loads((student / "estimator.json").read_text())
+    expected = Adapter.load(teacher, load("seedling"))
+    assert about["values"]["teacher_print_"] == print_of(expected)
+    done = run("fit", "promptkd", "--data", shots, "--out", student, "--set", "teacher=nowhere")
+    assert (done.exit_code, "Traceback" in done.output) == (2, False)

@@ -195,7 +195,7 @@ def adapt(
 
     Example: clipworks bench adapt --methods zero-shot linear-probe --data shots/ --shots 1 4 16
     """
-    from clipworks.cli.fit import read_settings
+    from clipworks.cli.fit import load_teacher, read_settings
     from clipworks.data.splits import halved, open_splits
     from clipworks.methods.adapt import comparison
     from clipworks.methods.adapt.base import method_named
@@ -208,9 +208,7 @@ def adapt(
         if not dot:
             raise ConfigError(f"--set takes METHOD.NAME=VALUE, not {one!r}")
         chosen.setdefault(name, {}).update(read_settings(method_named(name), [setting]))
-    for given in chosen.values():
-        if isinstance(given.get("teacher"), str):
-            given["teacher"] = console.load_clip(given["teacher"], device)
+    chosen = {name: load_teacher(given, device) for name, given in chosen.items()}
     clip = console.load_clip(model, device)
     left_out: dict[str, str] | None = {} if methods == ["all"] else None
     splits = halved(open_splits(data, size=clip.preprocessing.image_size))

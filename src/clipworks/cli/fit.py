@@ -71,11 +71,8 @@ def fit(
         import dataclasses
 
         classes = dataclasses.replace(classes, templates=tuple(template))
-    estimator = chosen(
-        clip,
-        classes,
-        **{"seed": seed, "store": store, **read_settings(chosen, settings or [])},
-    )
+    given = load_teacher(read_settings(chosen, settings or []), device)
+    estimator = chosen(clip, classes, **{"seed": seed, "store": store, **given})
     test = examples_of(splits.test) if len(splits.test) else None
     validation = None
     if shots is not None:
@@ -125,6 +122,20 @@ def fit(
         f"{method} fitted to {len(labels)} pictures of {len(classes)} classes in {seconds:.1f} s{said}"
     )
     console.show(f"clipworks predict {out} photo.jpg")
+
+
+def load_teacher(settings: dict[str, Any], device: str) -> dict[str, Any]:
+    """The settings, with the model or the run of `clipworks fit` in the place of a `teacher`'s name."""
+    from clipworks.checkpoints.files import read_json
+    from clipworks.methods.adapt.base import Adapter
+
+    name = settings.get("teacher")
+    if not isinstance(name, str):
+        return settings
+    if not (Path(name) / RUN).is_file():
+        return {**settings, "teacher": console.load_clip(name, device)}
+    taught = console.load_clip(str(read_json(Path(name) / RUN)["model"]), device)
+    return {**settings, "teacher": Adapter.load(name, taught)}
 
 
 def read_settings(method: type[Adapter], given: Sequence[str]) -> dict[str, Any]:

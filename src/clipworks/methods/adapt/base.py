@@ -41,7 +41,7 @@ from __future__ import annotations
 import copy
 import importlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from inspect import isroutine
@@ -94,7 +94,7 @@ except ImportError:  # the module can be imported, but no estimator can be made
         """Stands in for scikit-learn's."""
 
 
-__all__ = ["Adapter", "TrainedAdapter", "method_named", "methods", "slug_of"]
+__all__ = ["Adapter", "TrainedAdapter", "method_named", "methods", "print_of", "slug_of"]
 
 A = TypeVar("A", bound="Adapter")
 T = TypeVar("T", bound="TrainedAdapter")
@@ -698,6 +698,16 @@ class TrainedAdapter(Adapter):
             reason = str(error).splitlines()[-1].strip()
             raise CheckpointError(f"what was learned does not fit {type(self).__name__}: {reason}") from error
         self._cache.clear()
+
+
+def print_of(source: Clip | Adapter) -> str:
+    """32 hexadecimal digits over all that a Clip or a fitted estimator is made of."""
+    if isinstance(source, Clip):
+        return fingerprint(source)
+    learned, holder = source._learned(), nn.Module()
+    for number, tensor in enumerate(learned.values()):
+        holder.register_buffer(f"t{number}", tensor.detach())
+    return fingerprint(holder, sorted(learned), fingerprint(source._model))
 
 
 def slug_of(method: type[Adapter]) -> str:

@@ -24,7 +24,7 @@ from clipworks.data.source import Selected
 from clipworks.data.splits import Splits, examples_of
 from clipworks.errors import ConfigError, DataError, require
 from clipworks.evaluate.fewshot import base_new, calibration_error, few_shot, harmonic_mean, places_in, take
-from clipworks.methods.adapt.base import Adapter, method_named
+from clipworks.methods.adapt.base import Adapter, method_named, print_of
 from clipworks.parts.features import FeatureStore, Views, fingerprint
 
 Settings = Mapping[str, Mapping[str, Any]]
@@ -347,8 +347,8 @@ def _ending(row: Mapping[str, Any]) -> str:
 
 def _told(settings: Mapping[str, Any]) -> dict[str, Any]:
     def told(value: Any) -> Any:
-        if isinstance(value, Clip):
-            return fingerprint(value)
+        if isinstance(value, (Clip, Adapter)):
+            return print_of(value)
         return value if isinstance(value, (bool, int, float, str)) else repr(value)
 
     return {name: told(value) for name, value in settings.items()}

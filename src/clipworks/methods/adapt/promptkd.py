@@ -48,9 +48,9 @@ from clipworks.data.templates import IMAGENET_TEMPLATES
 from clipworks.encode.bulk import evaluating
 from clipworks.errors import CheckpointError, ConfigError
 from clipworks.evaluate.zeroshot import class_features
-from clipworks.methods.adapt.base import BATCH, Adapter, ImageTower, TrainedAdapter
+from clipworks.methods.adapt.base import BATCH, Adapter, ImageTower, TrainedAdapter, print_of
 from clipworks.parts.dassl import DasslFile
-from clipworks.parts.features import Views, content, fingerprint, pixels_of
+from clipworks.parts.features import Views, content, pixels_of
 from clipworks.parts.prompts import (
     context_bank,
     depth_in,
@@ -151,16 +151,6 @@ def _for_classes(source: Adapter, texts: ClassTexts) -> Adapter:
         lacking = next(name for name in texts.names if name not in source.texts_.names)
         raise ConfigError(f"the teacher, a {type(source).__name__}, does not know the class {lacking!r}")
     return source.for_classes(texts)
-
-
-def print_of(source: Clip | Adapter) -> str:
-    """32 hexadecimal digits over all that a teacher is made of."""
-    if isinstance(source, Clip):
-        return fingerprint(source)
-    learned, holder = source._learned(), nn.Module()
-    for number, tensor in enumerate(learned.values()):
-        holder.register_buffer(f"t{number}", tensor.detach())
-    return fingerprint(holder, sorted(learned), fingerprint(source._model))
 
 
 @dataclass
