@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -176,6 +178,74 @@ def test_many_questions_at_once_are_answered_as_one_by_one(
     for where in (None, "size < 300"):
         together = indexed.search_many(questions, k=6, where=where)
         assert together == [indexed.search(question, k=6, where=where) for question in questions]
+
+
+def test_hits_from_the_copy_are_those_that_lance_gives_itself(
+    indexed: Index, stored: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions = vectors(12, seed=11)
+    asked = [(k, where) for k in (1, 7, 300) for where in (None, "size < 900")]
+    assert indexed._table.mapped is not None
+    copied = [indexed.search_many(questions, k=k, where=where) for k, where in asked]
+    monkeypatch.setattr(Table, "mapped", property(lambda table: None))
+    for quick, (k, where) in zip(copied, asked, strict=True):
+        for mine, theirs in zip(quick, indexed.search_many(questions, k=k, where=where), strict=True):
+            assert len(mine) == len(theirs) == k
+            scores = [hit.score for hit in mine]
+            assert scores == pytest.approx([hit.score for hit in theirs], abs=1e-5)
+            # Scores closer than that may change places.
+            assert {hit.path: hit.caption for hit in mine} == {hit.path: hit.caption for hit in theirs}
+
+
+def test_a_copy_that_is_not_of_these_rows_is_passed_over_and_renewed(tmp_path: Path, clip: Any) -> None:
+    index = Index.create(tmp_path / "index", clip)
+    fill(index._table, vectors(400))
+    index.index_neighbors()
+    table, question = index._table, vectors(400)[7]
+
+    def copies() -> list[str]:
+        return [path.name for path in (tmp_path / "index").glob("rows*")]
+
+    assert table.mapped is not None
+    assert copies() == [f"rows-{table.version}.arrow"]
+    index.remove(["/p/000007.png"])
+    assert table.mapped is None
+    assert 7 not in numbers(index.search(question, k=50))
+    # What a build leaves that was killed while it wrote the copy, and a copy of other rows under this name.
+    (tmp_path / "index" / "rows.writing").write_bytes(b"half of it")
+    shutil.copyfile(tmp_path / "index" / copies()[-1], tmp_path / "index" / f"rows-{table.version}.arrow")
+    assert Index.open(index.location, clip)._table.mapped is None
+    index.add_texts(["a text that was not there"])
+    assert table.mapped is not None
+    assert copies() == [f"rows-{table.version}.arrow"]
+    assert 7 not in numbers(index.search(question, k=50))
+    damaged = tmp_path / "index" / copies()[0]
+    damaged.unlink()  # another file of this name, for the old one is still mapped here
+    damaged.write_bytes(b"ARROW1 and no more")
+    opened = Index.open(index.location, clip)
+    assert opened._table.mapped is None
+    assert numbers(opened.search(question, k=20)) == numbers(index.search(question, k=20))
+
+
+def test_a_reader_keeps_its_rows_while_another_process_changes_them(tmp_path: Path, clip: Any) -> None:
+    writer = Index.create(tmp_path / "index", clip)
+    fill(writer._table, vectors(400))
+    writer.index_neighbors()
+    reader = Index.open(writer.location, clip)
+    question = vectors(400)[7]
+    assert numbers(reader.search(question, k=1)) == [7]
+    writer.remove(["/p/000007.png"])
+    writer.add_texts(["new"])
+    assert numbers(reader.search(question, k=1)) == [7]
+    reader.refresh()
+    assert numbers(reader.search(question, k=1)) != [7]
+
+
+def test_a_question_may_be_asked_where_an_event_loop_runs(indexed: Index, stored: np.ndarray) -> None:
+    async def ask() -> Any:
+        return indexed.search(stored[3], k=1)
+
+    assert numbers(asyncio.run(ask())) == [3]
 
 
 def test_rows_that_come_or_go_later_are_found_or_not(tmp_path: Path, clip: Any) -> None:

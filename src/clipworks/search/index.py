@@ -35,6 +35,7 @@ from clipworks.search.table import SHOWN, Table, exists, local, quoted
 
 if TYPE_CHECKING:
     from clipworks.core.clip import Clip
+    from clipworks.encode.engines import Name
 
 Location = str | os.PathLike[str]
 
@@ -201,6 +202,7 @@ class Index:
         texts: bool = False,
         batch_size: int = 64,
         precision: Precision = "fp32",
+        engine: Name = "torch",
         verify: bool = False,
         progress: Callable[[int, int | None], None] | None = None,
     ) -> Report:
@@ -214,7 +216,7 @@ class Index:
                 does.
             texts: make captions items of their own, which can be searched too.
             batch_size: pictures that go through the model at once.
-            precision: as `clipworks.encode.bulk.encode_images` has it.
+            precision, engine: as `clipworks.encode.bulk.encode_images` has them.
             verify: read every file, also those whose size and time of change are as they were.
             progress: is told after each commit how many items are done, of how many if that is known.
 
@@ -228,11 +230,12 @@ class Index:
                 raise DataError(f"{what}: no pictures there; the index is left as it is")
         else:
             found = file_inputs(what, texts)
-        return self._build(found, batch_size, precision, verify, progress)
+        how: dict[str, Any] = {"precision": precision, "engine": engine}
+        return self._build(found, batch_size, how, verify, progress)
 
     def add_texts(self, texts: Iterable[str]) -> Report:
         """Take in texts by themselves; equal ones are one item, named `text:` and a hash."""
-        return self._build(text_inputs(texts), 64, "fp32", False, None)
+        return self._build(text_inputs(texts), 64, {}, False, None)
 
     def remove(self, paths: Iterable[Location]) -> None:
         """Take items out of the index; paths that are not in it do not matter."""
@@ -243,7 +246,7 @@ class Index:
         self,
         found: Inputs,
         batch_size: int,
-        precision: Precision,
+        how: dict[str, Any],
         verify: bool,
         progress: Callable[[int, int | None], None] | None,
     ) -> Report:
@@ -251,11 +254,10 @@ class Index:
 
         def encode(kind: Kind, contents: list[Content]) -> Encoded:
             if kind == "text":
-                features = encode_texts(self.clip, [str(text) for text in contents], precision=precision)
+                features = encode_texts(self.clip, [str(text) for text in contents], **how)
                 return Encoded(features, list(range(len(contents))), [])
             pictures = (content() for content in contents if not isinstance(content, str))
-            options: dict[str, Any] = {"batch_size": batch_size, "precision": precision, "on_error": "skip"}
-            return encode_images(self.clip, pictures, **options)
+            return encode_images(self.clip, pictures, batch_size=batch_size, on_error="skip", **how)
 
         with self._table.alone():
             build = Build(self._table, encode, verify=verify)
@@ -265,6 +267,8 @@ class Index:
             build.finish()
             if neighbors.pays(self._table, self._settings):
                 self.index_neighbors()
+            elif self._settings is not None and self._table.mapped is None:
+                self._table.map()
         build.report.seconds = time.monotonic() - start
         return build.report
 
@@ -390,7 +394,7 @@ class Index:
             settings=self._settings,
             columns=self._columns,
         )
-        return self._hits(found.to_pylist())
+        return self._hits(found)
 
     def search_many(
         self, vectors: np.ndarray, *, k: int = 10, where: str | None = None, kind: Kind | None = "image"
@@ -405,16 +409,16 @@ class Index:
             return [self.search(vector, k=k, where=where, kind=kind) for vector in vectors]
         chosen = self._condition(where, kind)
         if self._settings is not None:
-            tables = neighbors.nearest_many(
+            found = neighbors.nearest_many(
                 self._table, vectors, k, chosen, settings=self._settings, columns=self._columns
             )
-            return [self._hits(found.to_pylist()) for found in tables]
+            return list(map(self._hits, found))
         ids, cosines = neighbors.exact(self._table, vectors, k, chosen)
         answers = []
         for row, scores in zip(ids, cosines, strict=True):
-            found = neighbors.rows_of(self._table, row, self._columns)
+            rows = neighbors.rows_of(self._table, row, self._columns)
             answers.append(
-                self._hits({**one, "_distance": 1 - s} for one, s in zip(found, scores, strict=True))
+                self._hits({**one, "_distance": 1 - s} for one, s in zip(rows, scores, strict=True))
             )
         return answers
 
@@ -446,7 +450,7 @@ class Index:
             ConfigError: if the condition cannot be applied, or the file cannot be written.
         """
         parquet = require("pyarrow.parquet", extra="search", purpose="export to Parquet")
-        columns = [name for name in self._table.lance.schema.names if vectors or name != "vector"]
+        columns = [name for name in self._table.schema.names if vectors or name != "vector"]
         target = Path(file)
         temporary = target.with_name(f".{target.name}.part")
         written = 0
@@ -465,7 +469,7 @@ class Index:
 
     def _schema(self, columns: Sequence[str]) -> Any:
         pa = require("pyarrow", extra="search", purpose="export to Parquet")
-        whole = self._table.lance.schema
+        whole = self._table.schema
         about = {b"clipworks": (whole.metadata or {}).get(b"clipworks", b"{}")}
         return pa.schema([whole.field(name).remove_metadata() for name in columns], metadata=about)
 

@@ -1,15 +1,20 @@
 """Neighbors: the rows nearest to a vector; exactly, or through an index that says how much it misses.
 
-Few rows are compared one by one, which is exact. From `ENOUGH` on Lance's IVF-PQ pays: rows are parted into
-cells around centers, only the cells nearest to a query are looked at, there by 8-bit codes of each 8 numbers
-(Jégou et al., Product Quantization for Nearest Neighbor Search, TPAMI 2011), and the best candidates are
-compared once more by their vectors. How many cells and how many candidates is not guessed: on a sample of the
-table's own rows, and of texts, whose vectors lie elsewhere than those of pictures, the answers are compared
-with the exact ones, and the cheapest setting is kept that finds at least `WANTED` of the ten nearest.
+Few rows are compared one by one, which is exact. From `ENOUGH` on Lance's IVF-RQ pays: rows are parted into
+cells around centers, only the cells nearest to a query are looked at, there by one bit of each number after a
+random rotation (Gao and Long, RaBitQ: Quantizing High-Dimensional Vectors with a Theoretical Error Bound,
+SIGMOD 2024), and the best candidates are compared once more by their vectors. How many cells and how many
+candidates is not guessed: on a sample of the table's own rows, and of texts, whose vectors lie elsewhere than
+those of pictures, the answers are compared with the exact ones, and the cheapest setting is kept that finds
+at least `WANTED` of the ten nearest.
+
+In a folder, Lance is asked for the candidates' ids alone, and their vectors and columns come from a mapped
+file (see `mapped`); elsewhere, and where that file is of another version, Lance does all of it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,19 +22,19 @@ from typing import Any
 
 import numpy as np
 
-from clipworks.search.table import SHOWN, Table, condition
+from clipworks.search.table import SHOWN, Table, condition, run
 
 ENOUGH = 50_000
 """Rows from which an index is built; below it looking at every row takes less than about 20 ms."""
 GROWTH = 1.5
 """An index is built anew when the table has grown by this factor; until then new rows are added to it."""
 FEWEST = 256
-"""Rows without which the codes cannot be trained."""
+"""Rows below which there is nothing to part into cells."""
 WANTED, K = 0.96, 10
 _PROBES = (4, 8, 16, 32, 64, 128, 256)
 _REFINE = (5, 10, 20, 40)
 _SAMPLE = 128
-_TOGETHER = 32  # questions asked at once
+_TOGETHER = 32  # questions under way at once
 _BLOCK = 8192
 _NAME = "neighbors"
 
@@ -64,7 +69,7 @@ class Settings:
 def settings_of(table: Table) -> Settings | None:
     """Those of a table's index; None if it has none, or lost it."""
     kept = table.setting(_NAME)
-    if kept is None or not any("vector" in index.columns for index in table.lance.list_indices()):
+    if kept is None or not any("vector" in index.columns for index in run(table.lance.list_indices())):
         return None
     return Settings(**kept)
 
@@ -76,29 +81,23 @@ def pays(table: Table, settings: Settings | None) -> bool:
 
 
 def build(table: Table, texts: np.ndarray | None = None) -> Settings:
-    """Index the vectors, and find out how to ask.
+    """Index the vectors, lay their copy beside them, and find out how to ask.
 
     Args:
         table: with at least 256 rows.
         texts: (n, D) unit vectors of texts.
     """
-    from lancedb.index import Bitmap, IvfPq
+    from lancedb.index import Bitmap, IvfRq
 
     start = time.monotonic()
-    rows, width = len(table), int(table.about["width"])
+    rows = len(table)
     partitions = max(1, round(rows**0.5))
-    sub_vectors = max(1, width // 8) if width % 8 == 0 else 1
     # Sampled k-means: more rows or rounds move the centers, not the recall.
-    config = IvfPq(
-        distance_type="cosine",
-        num_partitions=partitions,
-        num_sub_vectors=sub_vectors,
-        max_iterations=20,
-        sample_rate=64,
-    )
-    table.lance.create_index("vector", config=config, replace=True)
+    config = IvfRq(distance_type="cosine", num_partitions=partitions, max_iterations=20, sample_rate=64)
+    run(table.lance.create_index("vector", config=config, replace=True))
     if table.has_texts:  # pictures and texts are told apart in every query
-        table.lance.create_index("kind", config=Bitmap(), replace=True)
+        run(table.lance.create_index("kind", config=Bitmap(), replace=True))
+    table.map()
     own = sample(table)
     found = _tune(table, partitions, own, texts)
     settings = Settings(**found, rows=rows, seconds=round(time.monotonic() - start, 1))
@@ -128,7 +127,7 @@ def _tune(table: Table, partitions: int, own: np.ndarray, texts: np.ndarray | No
             answers = nearest_many(table, questions, K + 1, settings=trial, columns=())
             recalls = np.array(
                 [
-                    _recall(answer.column("_rowid").to_pylist(), right, skip=place < len(own))
+                    _recall([row["_rowid"] for row in answer], right, skip=place < len(own))
                     for place, (answer, right) in enumerate(zip(answers, truth, strict=True))
                 ]
             )
@@ -164,15 +163,15 @@ def nearest(
     *,
     settings: Settings | None = None,
     columns: Sequence[str] = SHOWN,
-) -> Any:
-    """The k rows with the largest cosine to a vector (D,), best first, as an Arrow table.
+) -> list[dict[str, Any]]:
+    """The k rows with the largest cosine to a vector (D,), best first.
 
-    It has the named columns, `_distance`, which is 1 - cosine, and `_rowid`. Without settings, exact.
+    Each has the named columns, `_distance`, which is 1 - cosine, and `_rowid`. Without settings, exact.
 
     Raises:
         ConfigError: if `where` is not a condition on the columns.
     """
-    return _ask(table, np.asarray(vector, dtype=np.float32), k, where, settings, columns)
+    return nearest_many(table, np.asarray(vector)[None], k, where, settings=settings, columns=columns)[0]
 
 
 def nearest_many(
@@ -181,43 +180,84 @@ def nearest_many(
     k: int,
     where: str | None = None,
     *,
-    settings: Settings,
+    settings: Settings | None = None,
     columns: Sequence[str] = SHOWN,
-) -> list[Any]:
-    """`nearest` of each of several vectors (q, D), which costs less than to ask one by one.
+) -> list[list[dict[str, Any]]]:
+    """`nearest` of each of several vectors (q, D), some of them at once.
 
     Raises:
         ConfigError: if `where` is not a condition on the columns.
     """
-    answers: list[Any] = []
+    vectors = _unit(vectors)
+    answers: list[list[dict[str, Any]]] = []
     for start in range(0, len(vectors), _TOGETHER):
-        part = np.asarray(vectors[start : start + _TOGETHER], dtype=np.float32)
-        if len(part) == 1:
-            answers.append(_ask(table, part[0], k, where, settings, columns))
-            continue
-        found = _ask(table, list(part), k, where, settings, columns)
-        of = found.column("query_index").to_numpy()
-        answers += [found.take(np.flatnonzero(of == place)) for place in range(len(part))]
+        part = vectors[start : start + _TOGETHER]
+        found = None if settings is None else _through_copy(table, part, k, where, settings, columns)
+        if found is None:
+            queries = [_query(table, vector, k, where, settings, columns) for vector in part]
+            found = [answer.to_pylist() for answer in _answers(queries, where)]
+        answers += found
     return answers
 
 
-def _ask(
-    table: Table, question: Any, k: int, where: str | None, settings: Settings | None, columns: Sequence[str]
+def _through_copy(
+    table: Table, vectors: np.ndarray, k: int, where: str | None, settings: Settings, columns: Sequence[str]
+) -> list[list[dict[str, Any]]] | None:
+    """`nearest_many` by the copy of the rows; None if there is none of what Lance answered with."""
+    copy = table.mapped
+    if copy is None:
+        return None
+    queries = [_query(table, vector, k, where, settings) for vector in vectors]
+    answers = []
+    for vector, found in zip(vectors, _answers(queries, where), strict=True):
+        ids = found.column("_rowid").to_numpy().astype(np.int64)
+        places = copy.places(ids)
+        if places is None:
+            return None
+        cosines = copy.vectors(places) @ vector if len(places) else np.empty(0, np.float32)
+        best = np.argsort(-cosines, kind="stable")[:k]
+        rows = copy.rows(places[best], columns)
+        for row, number, cosine in zip(rows, ids[best].tolist(), cosines[best].tolist(), strict=True):
+            row["_rowid"], row["_distance"] = number, 1 - cosine
+        answers.append(rows)
+    return answers
+
+
+def _query(
+    table: Table,
+    vector: np.ndarray,
+    k: int,
+    where: str | None,
+    settings: Settings | None,
+    columns: Sequence[str] | None = None,
 ) -> Any:
-    query = table.lance.search(question, vector_column_name="vector", query_type="vector")
-    query = query.distance_type("cosine").select([*columns, "_distance"]).with_row_id(True).limit(k)
+    """The question to Lance for k rows with these columns; without columns, for the ids of the candidates."""
+    query = table.lance.query().nearest_to(vector).column("vector").distance_type("cosine")
+    query = query.select([*(columns or ()), "_distance"]).with_row_id()
     if settings is None:
-        query = query.bypass_vector_index()
+        query = query.bypass_vector_index().limit(k)
     else:
         # Cells enough for k rows twice over, and no more vectors read for thousands of hits than for few.
         crowd = max(1, settings.rows // settings.partitions)
         probes = min(settings.partitions, settings.probes + 2 * k // crowd)
-        query = query.refine_factor(max(1, -(-settings.refine * K // k)))
-        query = query.minimum_nprobes(probes).maximum_nprobes(settings.partitions if where else probes)
-    if where is not None:
-        query = query.where(where, prefilter=True)
+        query = query.nprobes(probes)
+        if where is not None:
+            query = query.maximum_nprobes(settings.partitions)
+        refine = max(1, -(-settings.refine * K // k))
+        query = query.limit(refine * k) if columns is None else query.limit(k).refine_factor(refine)
+        if table.is_indexed:
+            query = query.fast_search()  # there are no rows beside the index to be looked at
+    return query if where is None else query.where(where)
+
+
+def _answers(queries: Sequence[Any], where: str | None) -> list[Any]:
+    """Arrow tables, one a query."""
+
+    async def ask() -> list[Any]:
+        return list(await asyncio.gather(*(query.to_arrow() for query in queries)))
+
     with condition(where):
-        return query.to_arrow()
+        return run(ask())
 
 
 def exact(
@@ -227,9 +267,7 @@ def exact(
 
     m is k, or how many rows there are if there are fewer. In memory is one piece of the table at a time.
     """
-    vectors = np.asarray(vectors, dtype=np.float32)
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    vectors = vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
+    vectors = _unit(vectors)
     best = np.empty((len(vectors), 0), dtype=np.float32)
     ids = np.empty((len(vectors), 0), dtype=np.int64)
     for batch in table.batches(("vector",), where, _BLOCK, row_ids=True):
@@ -241,6 +279,12 @@ def exact(
             best, ids = np.take_along_axis(best, kept, 1), np.take_along_axis(ids, kept, 1)
     order = np.argsort(-best, axis=1, kind="stable")
     return np.take_along_axis(ids, order, 1), np.take_along_axis(best, order, 1)
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    vectors = np.asarray(vectors, dtype=np.float32)
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(vectors / np.maximum(lengths, np.finfo(np.float32).tiny))
 
 
 def matrix(batch: Any) -> np.ndarray:
@@ -256,6 +300,7 @@ def matrix(batch: Any) -> np.ndarray:
 def rows_of(table: Table, ids: np.ndarray, columns: Sequence[str] = SHOWN) -> list[Mapping[str, Any]]:
     """The named columns of rows by their ids (n,), in the order asked for."""
     wanted = list(dict.fromkeys(int(number) for number in ids))
-    found = table.lance.take_row_ids(wanted).select(list(columns)).with_row_id().to_arrow().to_pylist()
+    query = table.lance.take_row_ids(wanted).select(list(columns)).with_row_id()
+    found = run(query.to_arrow()).to_pylist()
     by_id = {row.pop("_rowid"): row for row in found}
     return [by_id[int(number)] for number in ids]

@@ -9,15 +9,16 @@ write.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from clipworks.errors import ConfigError, DataError, require
+from clipworks.search import mapped
 
 NAME = "items"
 FORMAT = 2
@@ -32,6 +33,9 @@ SHOWN = ("path", "kind", "hash", "width", "height", "caption")
 _NOT_TEXT = {"mtime_ns": "int64", "size": "int64", "width": "int32", "height": "int32", "detail": "int64"}
 _VALUES_A_FILTER = 500
 _KEPT = timedelta(hours=1)  # how long a version is kept for those who still read it
+_INDEX = "vector_idx"  # as LanceDB names an index of the column `vector`
+
+T = TypeVar("T")
 
 
 class Table:
@@ -69,7 +73,7 @@ class Table:
             [*columns, ("vector", pa.list_(pa.float32(), width))],
             metadata={ABOUT: json.dumps({"format": FORMAT, **about}).encode()},
         )
-        return cls(location, _connect(location, options).create_table(NAME, schema=schema))
+        return cls(location, run(_connect(location, options).create_table(NAME, schema=schema)))
 
     @classmethod
     def open(cls, location: str, options: Mapping[str, str] | None = None) -> Table:
@@ -84,24 +88,29 @@ class Table:
                 f"{location}: no index there; make one with `clipworks index build FOLDER --index {location}`"
             )
         try:
-            return cls(location, _connect(location, options).open_table(NAME))
+            return cls(location, run(_connect(location, options).open_table(NAME)))
         except (ValueError, OSError, RuntimeError) as error:
             raise DataError(f"{location}: the index cannot be opened ({first_line(error)})") from error
 
     def __len__(self) -> int:
-        return int(self._table.count_rows())
+        return int(run(self._table.count_rows()))
 
     @property
     def version(self) -> int:
         """Rises with every commit."""
-        return int(self._table.version)
+        return int(run(self._table.version()))
+
+    @property
+    def schema(self) -> Any:
+        """The Arrow schema of the rows."""
+        return run(self._table.schema())
 
     @property
     def fields(self) -> dict[str, str]:
         """The columns of further fields, and what they hold: `bool`, `double` or `string`."""
         if "fields" not in self._told:
             fixed = {*FIELDS, "vector"}
-            self._told["fields"] = {f.name: str(f.type) for f in self._table.schema if f.name not in fixed}
+            self._told["fields"] = {f.name: str(f.type) for f in self.schema if f.name not in fixed}
         return dict(self._told["fields"])
 
     @property
@@ -112,18 +121,35 @@ class Table:
         return bool(self._told["texts"])
 
     @property
+    def mapped(self) -> mapped.Mapped | None:
+        """The copy of these rows for quick answers; None if there is none of this version."""
+        if "mapped" not in self._told:
+            folder = local(self.location)
+            copy = None if folder is None else folder / mapped.name(self.version)
+            self._told["mapped"] = None if copy is None else mapped.Mapped.open(copy, len(self))
+        return self._told["mapped"]  # type: ignore[no-any-return]
+
+    @property
+    def is_indexed(self) -> bool:
+        """Whether the index of the vectors knows every row."""
+        if "indexed" not in self._told:
+            about = run(self._table.index_stats(_INDEX))
+            self._told["indexed"] = about is not None and not about.num_unindexed_rows
+        return bool(self._told["indexed"])
+
+    @property
     def lance(self) -> Any:
-        """The LanceDB table."""
+        """The LanceDB table, of its asynchronous kind, which answers sooner; see `run`."""
         return self._table
 
     def refresh(self) -> None:
         """See what other processes have committed."""
         self._told.clear()
-        self._table.checkout_latest()
+        run(self._table.checkout_latest())
 
     def count(self, where: str) -> int:
         """How many rows meet a condition."""
-        return int(self._table.count_rows(where))
+        return int(run(self._table.count_rows(where)))
 
     # ---------------------------------------------------------------------------------------- writing
 
@@ -131,7 +157,7 @@ class Table:
         """Write rows with their vectors (n, D) in one commit; none of their paths may be in the table."""
         if rows:
             self._told.clear()
-            self._table.add(self._batch(rows, vectors))
+            run(self._table.add(self._batch(rows, vectors)))
 
     def upsert(self, rows: Sequence[Mapping[str, Any]], vectors: np.ndarray) -> None:
         """Write rows with their vectors (n, D) in one commit; a row whose path is there is replaced.
@@ -141,12 +167,12 @@ class Table:
         if rows:
             self._told.clear()
             write = self._table.merge_insert("path").when_matched_update_all().when_not_matched_insert_all()
-            write.execute(self._batch(rows, vectors))
+            run(write.execute(self._batch(rows, vectors)))
 
     def widen(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add a column for every further field that these rows have and the table lacks."""
         _, pa = _libraries()
-        known = {*self._table.schema.names, *FIELDS}
+        known = {*self.schema.names, *FIELDS}
         kinds: dict[str, set[type]] = {}
         for row in rows:
             for name, value in row.items():
@@ -154,25 +180,13 @@ class Table:
                     kinds.setdefault(name, set()).add(type(value))
         if kinds:
             self._told.clear()
-            self._table.add_columns(
-                pa.schema(
-                    [
-                        (
-                            name,
-                            pa.bool_()
-                            if kind == {bool}
-                            else pa.float64()
-                            if kind == {float}
-                            else pa.string(),
-                        )
-                        for name, kind in kinds.items()
-                    ]
-                )
-            )
+            types = {frozenset([bool]): pa.bool_(), frozenset([float]): pa.float64()}
+            columns = [(name, types.get(frozenset(kind), pa.string())) for name, kind in kinds.items()]
+            run(self._table.add_columns(pa.schema(columns)))
 
     def _batch(self, rows: Sequence[Mapping[str, Any]], vectors: np.ndarray) -> Any:
         _, pa = _libraries()
-        schema = self._table.schema
+        schema = self.schema
         columns = []
         for field in schema:
             if field.name == "vector":
@@ -186,11 +200,20 @@ class Table:
         """Remove the rows of these paths."""
         self._told.clear()
         for start in range(0, len(paths), _VALUES_A_FILTER):
-            self._table.delete(among("path", paths[start : start + _VALUES_A_FILTER]))
+            run(self._table.delete(among("path", paths[start : start + _VALUES_A_FILTER])))
 
     def compact(self) -> None:
         """Join the small pieces that many commits leave, and forget versions nobody reads any more."""
-        self._table.optimize(cleanup_older_than=_KEPT)
+        self._told.clear()
+        run(self._table.optimize(cleanup_older_than=_KEPT))
+
+    def map(self) -> None:
+        """Write the copy for quick answers, where the table lies in a folder."""
+        folder = local(self.location)
+        if folder is not None:
+            self._told.clear()
+            mapped.write(self, folder, (*SHOWN, *self.fields))
+            self._told.clear()
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -224,14 +247,18 @@ class Table:
 
     def setting(self, name: str) -> dict[str, Any] | None:
         """What `keep` kept under a name."""
-        kept = (self._table.schema.field("vector").metadata or {}).get(f"clipworks-{name}".encode())
+        kept = (self.schema.field("vector").metadata or {}).get(f"clipworks-{name}".encode())
         return None if kept is None else dict(json.loads(kept))
 
     def keep(self, name: str, value: Mapping[str, Any]) -> None:
         """Keep a few values with the table, under a name."""
-        self._told.clear()
+        before = self.version
         metadata = {f"clipworks-{name}": json.dumps(value)}
-        self._table.update_field_metadata({"path": "vector", "metadata": metadata})
+        run(self._table.update_field_metadata({"path": "vector", "metadata": metadata}))
+        folder = local(self.location)
+        if folder is not None and (copy := folder / mapped.name(before)).is_file():
+            copy.replace(folder / mapped.name(self.version))  # the rows are as they were
+        self._told.clear()
 
     # ---------------------------------------------------------------------------------------- reading
 
@@ -250,13 +277,15 @@ class Table:
         Raises:
             ConfigError: if `where` is not a condition on the columns.
         """
-        query = self._table.search().select(list(columns))
+        query = self._table.query().select(list(columns))
         if where is not None:
             query = query.where(where)
         if row_ids:
-            query = query.with_row_id(True)
+            query = query.with_row_id()
         with condition(where):
-            yield from query.to_batches(batch_size=rows)
+            reader = run(query.to_batches(max_batch_length=rows))
+            while (batch := run(_next(reader))) is not None:
+                yield batch
 
     def vectors(self, digests: Sequence[str]) -> dict[str, np.ndarray]:
         """By content hash, the vector (D,) of each item that some row already has."""
@@ -268,6 +297,17 @@ class Table:
                 for digest, vector in zip(piece["hash"], piece["vector"], strict=True):
                     found[digest] = np.asarray(vector, dtype=np.float32)
         return found
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """The result of a coroutine of LanceDB's, from where there may be a running loop or none."""
+    from lancedb.background_loop import LOOP
+
+    return LOOP.run(work)  # type: ignore[no-any-return]
+
+
+async def _next(reader: Any) -> Any:
+    return await anext(reader, None)
 
 
 @contextmanager
@@ -287,7 +327,7 @@ def exists(location: str, options: Mapping[str, str] | None = None) -> bool:
     if path is not None:
         return (path / f"{NAME}.lance").is_dir()
     try:
-        return NAME in _connect(location, options).list_tables().tables
+        return NAME in run(_connect(location, options).list_tables()).tables
     except (ValueError, OSError, RuntimeError) as error:
         raise DataError(f"{location}: cannot be reached ({first_line(error)})") from error
 
@@ -324,12 +364,14 @@ def _libraries() -> tuple[Any, Any]:
 def _connect(location: str, options: Mapping[str, str] | None) -> Any:
     lancedb, _ = _libraries()
     path = local(location)
-    return lancedb.connect(str(path or location), storage_options=dict(options) if options else None)
+    return run(
+        lancedb.connect_async(str(path or location), storage_options=dict(options) if options else None)
+    )
 
 
 def _about(location: str, table: Any) -> dict[str, Any]:
     try:
-        about = json.loads((table.schema.metadata or {})[ABOUT])
+        about = json.loads((run(table.schema()).metadata or {})[ABOUT])
     except (KeyError, ValueError) as error:
         raise DataError(f"{location}: a Lance table, but not an index that clipworks wrote") from error
     if about.get("format") != FORMAT:
