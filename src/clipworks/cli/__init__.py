@@ -22,7 +22,18 @@ from typer.core import TyperGroup
 from clipworks.errors import ClipworksError, nearest
 
 COMMANDS = {
-    "Use": ("classify", "index", "segment", "predict", "serve", "export", "models", "demo"),
+    "Use": (
+        "classify",
+        "index",
+        "embed",
+        "segment",
+        "anomaly",
+        "predict",
+        "serve",
+        "export",
+        "models",
+        "demo",
+    ),
     "Train": ("fit", "pretrain", "finetune", "soup"),
     "Research": ("papers", "prove", "audit", "bench", "curate", "world"),
 }

@@ -243,8 +243,10 @@ def adapt(
         ">fit, s",
         title=f"{data}, {model}, mean ± deviation over seeds",
     )
+    table.columns[0].no_wrap = True
     for row in rows:
-        cells = [f"{row[name]:.1%} ± {row[f'{name}_deviation']:.1%}" for name in measures]
+        spread = {name: f" ± {row[f'{name}_deviation']:.1%}" if row["seeds"] > 1 else "" for name in measures}
+        cells = [f"{row[name]:.1%}{spread[name]}" for name in measures]
         table.add_row(
             row["method"],
             str(row["shots"] or "none"),
@@ -254,4 +256,91 @@ def adapt(
             f"{row['fit_seconds']:.2f}",
         )
     console.show(table)
+    console.note(f"written: {', '.join(str(path) for path in written)}")
+
+
+@app.command(cls=Command)
+def dense(
+    methods: Annotated[
+        list[str], typer.Option(metavar="METHOD...", help="maskclip clip-dinoiser fusioner denseclip …")
+    ],
+    data: Annotated[
+        Path,
+        typer.Option(help="Folder: train-*.tar, test-*.tar and classes.json, or images/ and masks/."),
+    ],
+    overlays: Annotated[
+        int, typer.Option(min=0, help="Write so many test pictures, the truth beside what each method found.")
+    ] = 0,
+    pictures: Annotated[
+        int | None, typer.Option(min=1, help="So many pictures of each part, evenly spread; all by default.")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder of runs, fitted methods, plot and overlays; it is gone on with.")
+    ] = Path("segmenters"),
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="METHOD.NAME=VALUE...", help="Settings: fusioner.epochs=5."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of all methods.")] = 0,
+    model: ModelOption = console.SEEDLING,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Compare methods that label pixels: mean IoU on a set's test part, beside two trivial answers.
+
+    Methods that learn are fitted to the train part and saved in --out. Runs that are there are not computed
+    again. A plot and the runs as JSON are left in --out.
+
+    Example: clipworks bench dense --methods maskclip fusioner --data camvid --overlays 6
+    """
+    from dataclasses import fields
+
+    from rich.text import Text
+
+    from clipworks.cli.fit import read_values
+    from clipworks.data.masked import open_masked
+    from clipworks.methods.dense import comparison, method_named
+
+    chosen: dict[str, dict[str, Any]] = {}
+    for one in settings or []:
+        name, dot, setting = one.partition(".")
+        if not dot:
+            raise ConfigError(f"--set takes METHOD.NAME=VALUE, not {one!r}")
+        known = [field.name for field in fields(method_named(name)) if field.name != "clip"]
+        chosen.setdefault(name, {}).update(read_values(name, known, [setting]))
+    train, test = (open_masked(data, part).spread(pictures) for part in ("train", "test"))
+    clip = console.load_clip(model, device)
+    with console.progress("segmenting") as advance:
+        runs = comparison.compare(
+            clip,
+            train,
+            test,
+            list(methods),
+            out,
+            name=data.name,
+            seed=seed,
+            settings=chosen,
+            overlays=overlays,
+            advance=lambda done, total: advance(done, total),
+        )
+    written = comparison.write(runs, out)
+    if as_json:
+        console.print_json(runs)
+        return
+    title = f"{data}, {model}, {len(test)} test pictures"
+    columns = ("method", ">mean IoU", ">pixels right", ">fit, s", ">segment, s")
+    table = console.make_table(*columns, title=title)
+    for run in runs:
+        table.add_row(
+            Text(run["method"]),
+            f"{run['mean_iou']:.1%}",
+            f"{run['pixel_accuracy']:.1%}",
+            f"{run['fit_seconds']:.1f}",
+            f"{run['segment_seconds']:.1f}",
+        )
+    each = console.make_table("class", *(f">{run['method']}" for run in runs), title="IoU of each class")
+    for label in runs[0]["per_class"]:
+        values = [run["per_class"][label] for run in runs]
+        each.add_row(Text(label), *("" if value is None else f"{value:.1%}" for value in values))
+    console.show(table, each)
     console.note(f"written: {', '.join(str(path) for path in written)}")

@@ -144,9 +144,14 @@ def read_settings(method: type[Adapter], given: Sequence[str]) -> dict[str, Any]
     Raises:
         ConfigError: for a setting that the method does not have, or without a value.
     """
+    known = [name for name in method._get_param_names() if name not in ("clip", "class_names")]
+    return read_values(method.__name__, known, given)
+
+
+def read_values(method: str, known: Sequence[str], given: Sequence[str]) -> dict[str, Any]:
+    """The same for any method, by its name and the names of its settings."""
     import json
 
-    known = [name for name in method._get_param_names() if name not in ("clip", "class_names")]
     settings: dict[str, Any] = {}
     for one in given:
         name, equals, value = one.partition("=")
@@ -154,7 +159,7 @@ def read_settings(method: type[Adapter], given: Sequence[str]) -> dict[str, Any]
             raise ConfigError(f"--set takes NAME=VALUE, not {one!r}")
         if name not in known:
             there = f"{nearest(name, known)}; there are {', '.join(known)}"
-            raise ConfigError(f"{method.__name__} has no setting {name!r}{there}")
+            raise ConfigError(f"{method} has no setting {name!r}{there}")
         try:
             settings[name] = json.loads(value)
         except ValueError:

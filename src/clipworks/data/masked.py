@@ -41,6 +41,14 @@ class Masked:
     def __len__(self) -> int:
         return len(self.images)
 
+    def spread(self, most: int | None) -> Masked:
+        """At most so many of them, evenly spread; None is all."""
+        if most is None or most >= len(self):
+            return self
+        kept = [place * len(self) // most for place in range(most)]
+        columns = ([column[place] for place in kept] for column in (self.keys, self.images, self.masks))
+        return Masked(*columns, self.classes, self.ignore)
+
 
 def open_masked(folder: str | Path, split: str | None = None) -> Masked:
     """Read a set of pictures with masks.

@@ -124,9 +124,10 @@ def descend_rows(
     for epoch in with_bar(range(epochs), epochs, words, bar):
         losses = []
         for rows in rows_of_epoch(count, batch_size, seed, epoch, schedule.drop_last):
-            rate = schedule.lr(lr, epoch, epochs, number, steps)
+            rate, decay = schedule.lr(lr, epoch, epochs, number, steps), schedule.decay_factor(number, steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["share"]
+                group["weight_decay"] = group["first_weight_decay"] * decay
             optimizer.zero_grad(set_to_none=True)
             with torch.enable_grad(), computing(precision, device):
                 losses.append(backward(rows, epoch))

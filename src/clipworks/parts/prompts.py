@@ -103,7 +103,9 @@ def context_words(clip: Clip, context: str, length: int) -> Tensor:
     return text_tower(clip).embedding.weight[ids[:length]].detach().clone()
 
 
-def context_texts(clip: Clip, names: Sequence[str], length: int, context: str | None) -> Tokens:
+def context_texts(
+    clip: Clip, names: Sequence[str], length: int, context: str | None, stop: str = "."
+) -> Tokens:
     """One text `<context> <name>.` a class, ids (C, L) on the CPU, whose first b words are slots.
 
     A slot is the id `vocabulary + j`, as `TextBank` wants it. Words of the context behind the b-th stay;
@@ -121,7 +123,7 @@ def context_texts(clip: Clip, names: Sequence[str], length: int, context: str | 
         context = next(filler for filler in fillers if len(_ids(clip, filler)) == length)
     elif len(_ids(clip, context)) < length:
         context_words(clip, context, length)
-    texts = clip.tokenizer([f"{context} {name}." for name in names], truncate="error")
+    texts = clip.tokenizer([f"{context} {name}{stop}" for name in names], truncate="error")
     start = int(clip.tokenizer.start is not None)
     return with_slots(texts, text_tower(clip).embedding.num_embeddings, start, length)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from clipworks.data.randomness import fold
 from clipworks.errors import ConfigError
 
-Decay = Literal["epoch", "step", "constant"]
+Decay = Literal["epoch", "step", "power", "drop", "constant"]
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,13 @@ class Schedule:
     Attributes:
         optimizer: `sgd` (momentum 0.9), `adam` or `adamw`.
         weight_decay: of all parameters; groups may have their own.
-        eps: of Adam.
-        decay: cosine over epochs, cosine over steps (to zero after the last), or none.
+        last_weight_decay: what it has become after the last step, along a cosine; None keeps it. A group's
+            own is kept in proportion.
+        eps, betas: of Adam.
+        decay: cosine over epochs, cosine over steps (to zero after the last), (1 - t / steps)^0.9, one drop
+            to a tenth, or none.
+        floor: what that power falls to, in place of zero; a group's own is kept in proportion.
+        drop_share: share of all steps before that drop.
         warmup_epochs, warmup_lr: epochs at a constant rate before the decay begins, and that rate.
         warmup_share: share of all steps over which the rate rises linearly, lr·(t + 1)/their number, before
             the decay begins.
@@ -39,8 +44,12 @@ class Schedule:
 
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     weight_decay: float = 5e-4
+    last_weight_decay: float | None = None
     eps: float = 1e-8
+    betas: tuple[float, float] = (0.9, 0.999)
     decay: Decay = "epoch"
+    floor: float = 0.0
+    drop_share: float = 0.8
     warmup_epochs: int = 0
     warmup_lr: float = 1e-5
     warmup_share: float = 0.0
@@ -56,10 +65,21 @@ class Schedule:
             return lr * (step + 1) / warmup
         if self.decay == "constant":
             return lr
+        if self.decay == "power":
+            return (lr - self.floor) * (1 - step / steps) ** 0.9 + self.floor
+        if self.decay == "drop":
+            return lr if step < round(self.drop_share * steps) else lr / 10
         if self.decay == "epoch":
             return lr / 2 * (1 + math.cos(math.pi * (epoch - self.warmup_epochs) / epochs))
         progress = (step - warmup) / max(1, steps - warmup)
         return lr / 2 * (1 + math.cos(math.pi * progress))
+
+    def decay_factor(self, step: int, steps: int) -> float:
+        """By how much the weight decay has grown in step `step` of `steps`, from 0."""
+        if self.last_weight_decay is None:
+            return 1.0
+        fallen = (1 + math.cos(math.pi * step / max(1, steps))) / 2
+        return fallen + (1 - fallen) * self.last_weight_decay / self.weight_decay
 
     def make(self, groups: Iterable[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
         """The optimizer over groups of parameters.
@@ -70,13 +90,14 @@ class Schedule:
         if self.optimizer == "sgd":
             made: torch.optim.Optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9)
         elif self.optimizer == "adam":
-            made = torch.optim.Adam(groups, lr=lr, eps=self.eps)
+            made = torch.optim.Adam(groups, lr=lr, betas=self.betas, eps=self.eps)
         elif self.optimizer == "adamw":
-            made = torch.optim.AdamW(groups, lr=lr, eps=self.eps)
+            made = torch.optim.AdamW(groups, lr=lr, betas=self.betas, eps=self.eps)
         else:
             raise ConfigError(f"optimizer must be sgd, adam or adamw, not {self.optimizer!r}")
         for group in made.param_groups:
             group["share"] = group["lr"] / lr
+            group["first_weight_decay"] = group["weight_decay"]
         return made
 
 

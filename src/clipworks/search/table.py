@@ -180,7 +180,10 @@ class Table:
                     kinds.setdefault(name, set()).add(type(value))
         if kinds:
             self._told.clear()
-            types = {frozenset([bool]): pa.bool_(), frozenset([float]): pa.float64()}
+            types: dict[frozenset[type], Any] = {
+                frozenset([bool]): pa.bool_(),
+                frozenset([float]): pa.float64(),
+            }
             columns = [(name, types.get(frozenset(kind), pa.string())) for name, kind in kinds.items()]
             run(self._table.add_columns(pa.schema(columns)))
 

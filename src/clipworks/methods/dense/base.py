@@ -66,11 +66,15 @@ LONGEST = 8  # how many times the shorter side the longer one may be; beyond it 
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """What is asked for: `texts` of K labels, their unit `vectors` (K, D), and which is the background."""
+    """What is asked for: `texts` of K labels, their unit `vectors` (K, D), and which is the background.
+
+    `source` says what the scores are, if a method has several kinds.
+    """
 
     texts: ClassTexts
     vectors: Tensor
     background: int | None
+    source: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +99,8 @@ class DenseMethod(Method):
 
     Args:
         clip: the model; it is never changed.
-        size: the shorter side to which pictures are scaled; None for twice the tower's, `"full"` for none.
+        size: the shorter side to which pictures are scaled; None for `enlarged` times the tower's, `"full"`
+            for none.
         window: the side of a window in pixels; None for what the tower was trained with.
         overlap: share of a window that its neighbor sees too, 0 to below 1.
         blend: `smooth` windows fade into each other, `uniform` ones are averaged.
@@ -112,6 +117,9 @@ class DenseMethod(Method):
     precision: Precision = "fp32"
     seed: int = 0
     progress: bool | None = None
+
+    # How many times the tower's own size the shorter side of a picture is by default.
+    enlarged: ClassVar[int] = 2
 
     @property
     def tower(self) -> DenseTower:
@@ -146,7 +154,8 @@ class DenseMethod(Method):
         """The height and width at which a picture of this size is looked at."""
         if self.size == "full":
             return size
-        short = 2 * self.clip.preprocessing.image_size if self.size is None else self.size
+        usual = self.enlarged * self.clip.preprocessing.image_size
+        short = usual if self.size is None else self.size
         if isinstance(short, str) or short < 1:
             raise ConfigError(f"size must be a number of pixels, 'full' or None, not {self.size!r}")
         scale = min(short / min(size), LONGEST * short / max(size))
@@ -170,6 +179,7 @@ class Segmenter(DenseMethod):
         templates: sentences with `{}` around a label; `ClassTexts` bring their own.
     """
 
+    _: KW_ONLY
     templates: Sequence[str] = IMAGENET_TEMPLATES
 
     # Says what the scores are, if a method has several kinds.
@@ -180,7 +190,7 @@ class Segmenter(DenseMethod):
     def segment(
         self,
         image: Any,
-        labels: Sequence[str] | ClassTexts | Asked,
+        labels: Sequence[str] | ClassTexts | Asked | None = None,
         *,
         background: str | None = None,
         unknown_below: float | None = None,
@@ -189,7 +199,8 @@ class Segmenter(DenseMethod):
 
         Args:
             image: anything that `read_picture` takes.
-            labels: K different names, or what `ask` made of them, which says the background too.
+            labels: K different names, or what `ask` made of them, which says the background too; None for
+                the method's own, if it has a closed list.
             background: which of them means "none of the others".
             unknown_below: leave pixels without a label whose best score is lower, in [0, 1].
 
@@ -205,7 +216,7 @@ class Segmenter(DenseMethod):
     def segment_all(
         self,
         images: Iterable[Any],
-        labels: Sequence[str] | ClassTexts | Asked,
+        labels: Sequence[str] | ClassTexts | Asked | None = None,
         *,
         background: str | None = None,
         unknown_below: float | None = None,
@@ -254,13 +265,13 @@ class Segmenter(DenseMethod):
         while waiting:
             yield self._finish(waiting.popleft(), asked, unknown_below)
 
-    def ask(self, labels: Sequence[str] | ClassTexts, background: str | None = None) -> Asked:
+    def ask(self, labels: Sequence[str] | ClassTexts | None = None, background: str | None = None) -> Asked:
         """The labels as this method reads them, to be given to `segment` in their place many times.
 
         Raises:
             ConfigError: as `segment`.
         """
-        texts, place = self._texts(labels, background)
+        texts, place = self._texts(self._own_labels() if labels is None else labels, background)
         with undisturbed(self.clip), torch.no_grad():
             return self._asked(texts, place)
 
@@ -277,6 +288,10 @@ class Segmenter(DenseMethod):
     def _asked(self, texts: ClassTexts, background: int | None) -> Asked:
         """The labels' vectors; by default the zero-shot ones, the mean over all sentences."""
         return Asked(texts, class_features(self.clip, texts), background)
+
+    def _own_labels(self) -> Sequence[str] | ClassTexts:
+        """The labels that are meant where none are given, if the method has a list of its own."""
+        raise ConfigError(f"{type(self).__name__} has no labels of its own: give a list of at least one name")
 
     @property
     def cell(self) -> int:
@@ -357,7 +372,7 @@ class Segmenter(DenseMethod):
             job.size,
             background=asked.background,
             unknown_below=unknown_below,
-            source=self.source,
+            source=asked.source or self.source,
         )
 
 

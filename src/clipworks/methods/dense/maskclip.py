@@ -15,9 +15,9 @@ ours is the tower's own. It compares plain cosines, whose likeliest label is the
 its configurations hold are settings here:
 
 - prompt denoising: a class whose highest P in the window is below `denoise` is no candidate;
-- key smoothing: where max_c P < `key_smoothing`, P ← K P with K the cosines of the last block's keys over
-  places. The published code normalizes keys along the tokens' axis, and after the output projection, so
-  that they are no cosines; here they are.
+- key smoothing: after that, where max_c P < `key_smoothing`, P ← K P with K the cosines of the last block's
+  keys over places. The published code normalizes keys along the tokens' axis, and after the output
+  projection, so that they are no cosines; here they are.
 """
 
 from __future__ import annotations
@@ -27,15 +27,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clipworks.core.attention import Attention, Mask
 from clipworks.core.clip import unit
-from clipworks.core.hooks import Around, BlockCall
 from clipworks.core.towers import VisionTower
 from clipworks.errors import ConfigError
 from clipworks.methods.dense.base import Asked, Segmenter
-from clipworks.parts.dense import LastValues, all_vectors
-
-SHARPNESS = 100.0
+from clipworks.parts.dense import LastValues, all_vectors, probabilities
 
 
 @dataclass(eq=False, repr=False)
@@ -54,63 +50,55 @@ class MaskCLIP(Segmenter):
     key_smoothing: float | None = None
 
     def _maps(self, pixels: Tensor, asked: Asked) -> Tensor:
-        listening = _Keys(len(self.tower.blocks) - 1) if self.key_smoothing is not None else None
-        features = self.places(pixels, listening)
+        features, keys = self._places(pixels)
         likely = probabilities(features, asked.vectors)
         if self.denoise is not None:
-            kept = likely.amax(dim=(2, 3), keepdim=True) >= self.denoise
-            # Where no class is sure of any place, all of them stay.
-            likely = likely * (kept | ~kept.any(dim=1, keepdim=True))
-        if listening is not None:
-            likely = smoothed(likely, listening.keys, float(self.key_smoothing or 0))
+            likely = denoised(likely, self.denoise)
+        if self.key_smoothing is not None and keys is not None:
+            likely = smoothed(likely, keys, self.key_smoothing)
         return likely
 
-    def places(self, pixels: Tensor, listening: _Keys | None = None) -> Tensor:
-        """F: windows (B, 3, H, W) to features (B, D, h, w), not of unit length."""
+    def places(self, pixels: Tensor) -> Tensor:
+        """F: pixels (B, 3, H, W) to features (B, D, h, w), not of unit length."""
+        return self._places(pixels)[0]
+
+    def _places(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """F, and the last block's keys at the same places, (B, h w, w)."""
         tower = self.tower
         if not isinstance(tower, VisionTower):
-            if listening is not None or not self.residual:
+            if self.key_smoothing is not None or not self.residual:
                 raise ConfigError("a ResNet has neither keys to smooth with nor a residual to leave out")
-            return all_vectors(tower, pixels)[1]
+            return all_vectors(tower, pixels)[1], None
         last = LastValues(len(tower.blocks) - 1, self.residual)
-        hook: Around = last if listening is None else listening.before(last)
-        return all_vectors(tower, pixels, around=hook)[1]
+        features = all_vectors(tower, pixels, around=last)[1]
+        return features, last.keys[:, int(tower.config.class_token) :]
 
 
-def probabilities(features: Tensor, vectors: Tensor) -> Tensor:
-    """P: features (B, D, h, w) and unit vectors (K, D) to (B, K, h, w) fp32, summing to one."""
-    cosines = torch.einsum("bdhw,kd->bkhw", unit(features.movedim(1, -1)).movedim(-1, 1), vectors.float())
-    return (SHARPNESS * cosines).softmax(dim=1)
+def denoised(likely: Tensor, below: float) -> Tensor:
+    """P (B, K, h, w) without classes that reach the bound nowhere; the others sum to one again.
+
+    Where no class reaches it, all of them stay.
+    """
+    kept = likely.amax(dim=(2, 3), keepdim=True) >= below
+    likely = likely * (kept | ~kept.any(dim=1, keepdim=True))
+    return likely / likely.sum(dim=1, keepdim=True).clamp(min=1e-12)
 
 
 def smoothed(likely: Tensor, keys: Tensor, below: float) -> Tensor:
-    """P ← K P where max P is below a bound, K the cosines of keys (B, h w, d), renormalized at each place."""
-    directions = unit(keys)
-    flat = likely.flatten(2).mT
-    mixed = (directions @ (directions.mT @ flat)).clamp(min=0)
-    mixed = mixed / mixed.sum(dim=2, keepdim=True).clamp(min=1e-12)
-    unsure = flat.amax(dim=2, keepdim=True) < below
-    return torch.where(unsure, mixed, flat).mT.unflatten(2, likely.shape[2:])
+    """P ← K P where max P is below a bound, K the cosines of keys over places; then they sum to one again.
 
+    Args:
+        likely: P, (B, K, h, w).
+        keys: (B, h w, d).
+        below: the bound.
 
-class _Keys:
-    """Listens to the keys of a block's places."""
-
-    keys: Tensor
-
-    def __init__(self, i: int) -> None:
-        self.i = i
-
-    def before(self, hook: Around) -> Around:
-        """The hook, with the keys of block `i` kept."""
-
-        def both(i: int, block: BlockCall, tokens: Tensor, /) -> Tensor:
-            if i == self.i:
-                block(tokens, attend=self._listen)
-            return hook(i, block, tokens)
-
-        return both
-
-    def _listen(self, attention: Attention, x: Tensor, mask: Mask) -> Tensor:
-        self.keys = attention.qkv(x).chunk(3, dim=-1)[1]
-        return torch.zeros_like(x)
+    Returns:
+        (B, K, h, w). What becomes negative is zero; where nothing is left, P stays.
+    """
+    with torch.autocast(likely.device.type, enabled=False):
+        directions = unit(keys)
+        flat = likely.flatten(2).mT
+        mixed = (directions @ (directions.mT @ flat)).clamp(min=0)
+        total = mixed.sum(dim=2, keepdim=True)
+        unsure = (flat.amax(dim=2, keepdim=True) < below) & (total > 0)
+        return torch.where(unsure, mixed / total.clamp(min=1e-12), flat).mT.unflatten(2, likely.shape[2:])
