@@ -21,9 +21,10 @@ import clipworks.search.index as module
 from clipworks.core.tokenizer import ClipTokenizer
 from clipworks.data.shards import write_shards
 from clipworks.data.source import Example
-from clipworks.errors import ConfigError, DataError
+from clipworks.errors import ConfigError, DataError, PictureError
 from clipworks.search import Index, Report
-from clipworks.search.items import inputs, owner, plain_fields
+from clipworks.search.items import inputs, owner, picture_at, plain_fields
+from clipworks.search.sheet import Tile, contact_sheet
 
 
 @pytest.fixture(scope="module")
@@ -359,3 +360,31 @@ def test_pictures_go_before_shards_in_a_folder(tmp_path: Path) -> None:
     assert [Path(item.path).name for item in inputs(tmp_path / "f").items] == ["a.tar#0000"]
     (tmp_path / "f" / "p.png").write_bytes(drawn(1))
     assert [Path(item.path).name for item in inputs(tmp_path / "f").items] == ["p.png"]
+
+
+def test_a_record_of_a_shard_is_shown_by_its_name_in_the_index(tmp_path: Path) -> None:
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pictures = [drawn(seed) for seed in range(3)]
+    tar, rows = tmp_path / "a#b-000.tar", tmp_path / "val.parquet"
+    with tarfile.open(tar, "w") as shard:
+        for key, content in zip(["one", "two#three", "four"], pictures, strict=True):
+            entry = tarfile.TarInfo(f"{key}.png")
+            entry.size = len(content)
+            shard.addfile(entry, io.BytesIO(content))
+    parquet.write_table(
+        pa.Table.from_pylist([{"image": {"bytes": one, "path": None}} for one in pictures]), rows
+    )
+    for file in (tar, rows):
+        items = list(inputs(file).items)
+        assert [picture_at(item.path) for item in items] == pictures
+        assert contact_sheet([("", [Tile(item.path, "") for item in items])]).size[0] > 3 * 180
+    plain = tmp_path / "c#1.png"
+    plain.write_bytes(pictures[0])
+    assert picture_at(str(plain)) == str(plain)
+    for gone in (f"{tar}#five", f"{rows}#3", f"{rows}#x"):
+        with pytest.raises(PictureError, match="not in its shard any more"):
+            picture_at(gone)
+    assert picture_at(str(tmp_path / "none.tar#one")) == str(tmp_path / "none.tar#one")
+    # A shard that was written anew is read anew.
+    parquet.write_table(pa.Table.from_pylist([{"image": {"bytes": pictures[2], "path": None}}]), rows)
+    assert picture_at(f"{rows}#0") == pictures[2]

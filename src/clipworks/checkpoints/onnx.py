@@ -4,7 +4,7 @@
     text.onnx    ids (B, L) int64, ends (B,) int64     -> features (B, D), unit length
     clip.json    scale, bias, sizes, and how pictures are prepared
 
-B is free. Mean and deviation are inside `image.onnx`; L is the context length.
+B is free, and L up to the context length. Mean and deviation are inside `image.onnx`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from clipworks.checkpoints.own import write_json
 from clipworks.core.clip import Clip, unit
 from clipworks.errors import CheckpointError, require
 
+Kind = Literal["image", "text"]
 TOLERANCE = 1e-4
 OPSET = 18
 
@@ -65,6 +66,29 @@ class _Text(nn.Module):
         return unit(tower.project(last))
 
 
+def as_function(clip: Clip, kind: Kind) -> nn.Module:
+    """One tower as a module that takes what its file takes, in that order, and gives unit vectors (B, D)."""
+    return _Image(clip) if kind == "image" else _Text(clip)
+
+
+def examples(clip: Clip, kind: Kind, rows: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Random inputs of a tower by their names in its file, on the CPU."""
+    if kind == "image":
+        side = clip.config.image.image_size
+        return {"pixels": torch.rand(rows, 3, side, side, generator=generator)}
+    length = clip.config.text.context_length
+    ids = torch.randint(clip.config.text.vocab_size, (rows, length), generator=generator)
+    return {"ids": ids, "ends": torch.randint(length, (rows,), generator=generator)}
+
+
+def free_sizes(clip: Clip, kind: Kind) -> tuple[dict[int, Any], ...]:
+    """Of each input the sizes that its file leaves free, as `torch.export` takes them."""
+    batch = torch.export.Dim("batch", min=1)
+    if kind == "image":
+        return ({0: batch},)
+    return {0: batch, 1: torch.export.Dim("length", min=1, max=clip.config.text.context_length)}, {0: batch}
+
+
 @torch.no_grad()
 def export(clip: Clip, folder: Path, *, batch: int = 3) -> Exported:
     """Write both towers and compare them with torch on random inputs of one and of `batch` examples.
@@ -79,23 +103,16 @@ def export(clip: Clip, folder: Path, *, batch: int = 3) -> Exported:
     generator = torch.Generator().manual_seed(0)
     was_training, device = clip.training, clip.device
     clip = clip.eval().cpu()
-    config = clip.config
-    side, length = config.image.image_size, config.text.context_length
-    rows = (1, batch)
-    pixels = [torch.rand(n, 3, side, side, generator=generator) for n in rows]
-    ids = [torch.randint(config.text.vocab_size, (n, length), generator=generator) for n in rows]
-    ends = [torch.randint(length, (n,), generator=generator) for n in rows]
+    paths: dict[Kind, Path] = {"image": folder / "image.onnx", "text": folder / "text.onnx"}
+    differences = []
     try:
-        image = _export(_Image(clip), {"pixels": pixels[1]}, folder / "image.onnx")
-        text = _export(_Text(clip), {"ids": ids[1], "ends": ends[1]}, folder / "text.onnx")
-        differences = (
-            _compare(_Image(clip), image, [{"pixels": one} for one in pixels]),
-            _compare(
-                _Text(clip), text, [{"ids": one, "ends": end} for one, end in zip(ids, ends, strict=True)]
-            ),
-        )
+        for kind, path in paths.items():
+            write_tower(clip, kind, path)
+            batches = [examples(clip, kind, rows, generator) for rows in (1, batch)]
+            differences.append(_compare(as_function(clip, kind), path, batches))
     finally:
         clip.to(device).train(was_training)
+    config = clip.config
     bias = None if clip.bias is None else float(clip.bias.detach())
     write_json(
         {
@@ -103,17 +120,25 @@ def export(clip: Clip, folder: Path, *, batch: int = 3) -> Exported:
             "logits": "exp(scale) * image_features @ text_features.T + (bias or 0)",
             "scale": float(clip.scale.detach()),
             "bias": bias,
-            "image_size": side,
-            "context_length": length,
+            "image_size": config.image.image_size,
+            "context_length": config.text.context_length,
             "preprocessing": asdict(clip.preprocessing),
         },
         folder / "clip.json",
     )
-    return Exported(image, text, *differences)
+    return Exported(paths["image"], paths["text"], *differences)
 
 
-def _export(module: nn.Module, inputs: Mapping[str, Tensor], path: Path) -> Path:
-    batch = torch.export.Dim("batch", min=1)
+def write_tower(clip: Clip, kind: Kind, path: Path) -> None:
+    """Write one tower of a Clip on the CPU, in evaluation mode; nothing is compared.
+
+    Raises:
+        MissingExtra: without onnx or onnxscript.
+    """
+    for name in ("onnx", "onnxscript"):
+        require(name, extra="export", purpose="ONNX export")
+    inputs = examples(clip, kind, 3, torch.Generator().manual_seed(0))
+    module = as_function(clip, kind)
     with _quiet():
         torch.onnx.export(
             module.eval(),
@@ -121,13 +146,12 @@ def _export(module: nn.Module, inputs: Mapping[str, Tensor], path: Path) -> Path
             str(path),
             input_names=list(inputs),
             output_names=["features"],
-            dynamic_shapes=tuple({0: batch} for _ in inputs),
+            dynamic_shapes=free_sizes(clip, kind),
             opset_version=OPSET,
             external_data=_large(module),
             dynamo=True,
             verbose=False,
         )
-    return path
 
 
 @contextlib.contextmanager

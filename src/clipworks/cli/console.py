@@ -36,6 +36,13 @@ PrecisionOption = Annotated[
 DeviceOption = Annotated[
     str, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 …; auto: a GPU if there is one.")
 ]
+EngineOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="torch, compile, onnxruntime, openvino, onnxruntime-int8; auto: the fastest exact one here.",
+    ),
+]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Pictures encoded at once.")]
 
 
@@ -164,6 +171,28 @@ def check_precision(precision: str) -> Any:
             f"--precision must be {', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}, not {precision!r}"
         )
     return precision
+
+
+def ready_engines(
+    clip: Clip, name: str, precision: str, batch_size: int, texts: bool
+) -> dict[str, dict[str, Any]]:
+    """Make the engines of `--engine` ready, and say to a person which they are; the same for machines.
+
+    Raises:
+        ConfigError: for an engine that cannot be used here, or another precision than fp32 for one.
+        MissingExtra: for an engine that is not installed.
+    """
+    if name == "torch":
+        return {}
+    from clipworks.encode import engines
+
+    engines.check(name, precision)
+    found = {}
+    for kind in ("image", "text") if texts else ("image",):
+        engine = engines.ready(clip, kind, name, rows=batch_size, tell=note)  # type: ignore[arg-type]
+        note(str(engine))
+        found[kind] = engine.record()
+    return found
 
 
 def load_clip(model: str, device: str = "auto") -> Clip:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from clipworks.cli import console
-from clipworks.cli.console import BatchOption, DeviceOption, JsonOption, PrecisionOption
+from clipworks.cli.console import BatchOption, DeviceOption, EngineOption, JsonOption, PrecisionOption
 from clipworks.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def build(
         bool, typer.Option("--verify", help="Read also files whose size and time are as they were.")
     ] = False,
     precision: PrecisionOption = "fp32",
+    engine: EngineOption = "torch",
     device: DeviceOption = "auto",
     batch_size: BatchOption = 64,
     as_json: JsonOption = False,
@@ -89,10 +90,13 @@ def build(
     new = not Index.exists(index)
     if new:
         name = model or console.SEEDLING
-        opened = Index.create(index, console.load_clip(name, device), _lasting(name))
+        clip = console.load_clip(name, device)
+        used = console.ready_engines(clip, engine, chosen, batch_size, texts)  # before anything is written
+        opened = Index.create(index, clip, _lasting(name))
     else:
         opened = Index.open(index)
-        opened.bind(console.load_clip(model or opened.model, device))
+        clip = opened.bind(console.load_clip(model or opened.model, device))
+        used = console.ready_engines(clip, engine, chosen, batch_size, texts)
     report = Report()
     try:
         with console.progress("indexing") as advance:
@@ -102,6 +106,7 @@ def build(
                     texts=texts,
                     batch_size=batch_size,
                     precision=chosen,
+                    engine=engine,  # type: ignore[arg-type]  # checked
                     verify=verify,
                     progress=advance,
                 )
@@ -110,7 +115,7 @@ def build(
         if new and not len(opened) and "://" not in index:
             shutil.rmtree(index)
         raise
-    _report(opened, report, as_json)
+    _report(opened, report, used, as_json)
 
 
 @app.command(cls=console.Command)
@@ -302,12 +307,12 @@ def _said(settings: Settings | None) -> str:
         return "exact: every row is compared"
     texts = "" if settings.recall_texts is None else f", {settings.recall_texts:.3f} for texts"
     return (
-        f"IVF-PQ, {settings.probes} of {settings.partitions} cells; measured recall@10"
+        f"IVF-RQ, {settings.probes} of {settings.partitions} cells; measured recall@10"
         f" {settings.recall_rows:.3f} for pictures{texts}"
     )
 
 
-def _report(index: Index, report: Report, as_json: bool) -> None:
+def _report(index: Index, report: Report, engines: dict[str, Any], as_json: bool) -> None:
     if as_json:
         console.print_json(
             {
@@ -321,6 +326,7 @@ def _report(index: Index, report: Report, as_json: bool) -> None:
                 "skipped": [{"path": path, "reason": reason} for path, reason in report.skipped],
                 "emptied": report.emptied,
                 "seconds": round(report.seconds, 3),
+                "engines": engines,
             }
         )
         return

@@ -2,7 +2,7 @@
 
 Pictures are read by threads while the tower works; texts are packed (see `packed`). Results are unit
 vectors in fp32, computed without gradient but not in inference mode, so that a trained head can use
-them.
+them. What computes them is the tower itself, or another engine (see `engines`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from clipworks.encode.precision import Precision, choose
 from clipworks.errors import ConfigError, DataError, ShapeError
 
 if TYPE_CHECKING:
+    from clipworks.checkpoints.onnx import Kind
     from clipworks.core.clip import Clip
+    from clipworks.encode.engines import Engine, Name
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,13 @@ class Encoded:
         features: (k, D) fp32, unit length, of the pictures that could be read.
         kept: their places in what was given, k numbers in rising order.
         errors: place and reason of each picture that could not be read.
+        engine: what computed them; never `auto`.
     """
 
     features: Tensor
     kept: list[int]
     errors: list[tuple[int, str]]
+    engine: str = "torch"
 
     def report(self) -> str:
         """One line a person can read; empty if nothing was skipped."""
@@ -55,6 +59,7 @@ def encode_images(
     *,
     batch_size: int = 64,
     precision: Precision = "fp32",
+    engine: Name = "torch",
     workers: int | None = None,
     on_error: Literal["raise", "skip"] = "raise",
     fast: bool = True,
@@ -68,6 +73,7 @@ def encode_images(
             (3, H, W)), or pixels (B, 3, H, W), bytes or floats in [0, 1], which are taken as they are.
         batch_size: pictures that go through the tower at once.
         precision: `fp32`, `bf16`, or `auto` (see `precision`).
+        engine: `torch`, or another one of `engines.NAMES`; those compute in fp32 on the CPU.
         workers: threads that read pictures; None for as many as there are cores.
         on_error: `raise` at the first picture that cannot be read, or `skip` and report it.
         fast: let JPEG files be decoded at a smaller scale where they are much larger than needed.
@@ -75,10 +81,12 @@ def encode_images(
 
     Raises:
         PictureError: for a picture that cannot be read, with `on_error="raise"`.
-        ConfigError: for a batch size below one.
+        ConfigError: for a batch size below one, or an engine that cannot be used.
+        MissingExtra: for an engine that is not installed.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, not {batch_size}")
+    other = _engine(clip, "image", engine, precision, batch_size)
     features: list[Tensor] = []
     kept: list[int] = []
     errors: list[tuple[int, str]] = []
@@ -90,12 +98,16 @@ def encode_images(
             errors += failed
             if not len(pixels):
                 continue
+            kept += places
+            if other is not None:
+                features.append(other.images(pixels))
+                continue
             pixels = pixels.to(clip.device, non_blocking=True)
             tower = tower or choose(clip.image, pixels[:8], precision)
             features.append(_unit(tower(pixels)))
-            kept += places
     empty = torch.empty(0, clip.width, device=clip.device)
-    return Encoded(torch.cat(features) if features else empty, kept, errors)
+    name = "torch" if other is None else other.name
+    return Encoded(torch.cat(features) if features else empty, kept, errors, name)
 
 
 @torch.no_grad()
@@ -105,6 +117,7 @@ def encode_texts(
     *,
     positions: int = 4096,
     precision: Precision = "fp32",
+    engine: Name = "torch",
 ) -> Tensor:
     """Strings to unit vectors (n, D) fp32, in the order given.
 
@@ -113,13 +126,19 @@ def encode_texts(
         texts: one string, an iterable of strings, or tokens (n, L).
         positions: about how many token positions go through the tower at once; memory grows with it.
         precision: `fp32`, `bf16`, or `auto` (see `precision`).
+        engine: `torch`, or another one of `engines.NAMES`; those compute in fp32 on the CPU.
 
     Raises:
         DataError: for something that is not a string, naming its place.
+        ConfigError: for an engine that cannot be used.
+        MissingExtra: for an engine that is not installed.
     """
     tokens = texts if isinstance(texts, Tokens) else tokenize(clip, texts)
     if not len(tokens):
         return torch.empty(0, clip.width, device=clip.device)
+    other = _engine(clip, "text", engine, precision, len(tokens), tokens)
+    if other is not None:
+        return other.texts(tokens, positions)
     with evaluating(clip):
         tower = choose(clip.text, tokens[:8].to(clip.device), precision)
         if isinstance(tower, TextTower):
@@ -158,6 +177,19 @@ class evaluating:
     def __exit__(self, *_: object) -> None:
         for module in self.modules:
             module.training = True
+
+
+def _engine(
+    clip: Clip, kind: Kind, name: Name, precision: Precision, rows: int, tokens: Tokens | None = None
+) -> Engine | None:
+    """What computes in the tower's place; None for the tower itself."""
+    if name == "torch":
+        return None
+    from clipworks.encode import engines
+
+    engines.check(name, precision)
+    found = engines.ready(clip, kind, name, rows=rows, tokens=tokens)
+    return None if found.run is None else found
 
 
 def _picture_batches(

@@ -147,6 +147,14 @@ def run_packed(
     return tower.project(row[0, packed.ends][:, None])
 
 
+def share_computed(tokens: Tokens) -> float:
+    """The share of all positions that is left when equal beginnings are laid once; in (0, 1]."""
+    if len(tokens) < 2:
+        return 1.0
+    _, lengths, shared = _ordered(tokens)
+    return float((lengths - shared).sum() / lengths.sum())
+
+
 def text_vectors(tower: nn.Module, tokens: Tokens) -> Tensor:
     """Vectors (n, D), not normalised, of texts of a training step: packed on a CPU, plain on an accelerator.
 

@@ -7,6 +7,7 @@ names.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -168,10 +169,39 @@ class Record:
         )
 
     def _content(self) -> bytes:
-        image = self.source[self.index].image
-        if image is None:
-            raise DataError(f"{self.path}: has no picture")
-        return image.read_bytes() if isinstance(image, Path) else bytes(image)
+        return _image(self.source, self.index, self.path)
+
+
+def _image(source: Source, index: int, path: str) -> bytes:
+    image = source[index].image
+    if image is None:
+        raise DataError(f"{path}: has no picture")
+    return image.read_bytes() if isinstance(image, Path) else bytes(image)
+
+
+def picture_at(path: str) -> str | bytes:
+    """What shows a picture of an index: its file's path, or the bytes of a record in a shard.
+
+    Raises:
+        PictureError: if the shard or its record is not there any more.
+    """
+    for sign in re.finditer("#", path):
+        file, key = path[: sign.start()], path[sign.end() :]
+        if os.path.exists(path) or not os.path.isfile(file):  # noqa: PTH110, PTH113  strings, as in the index
+            continue
+        try:
+            source, places = _places(file, stamp(file))
+            return _image(source, places[key], path)
+        except (DataError, KeyError) as error:
+            raise PictureError(f"{path}: is not in its shard any more ({error})") from error
+    return path
+
+
+@functools.lru_cache(maxsize=2)
+def _places(file: str, size_and_time: tuple[int, int]) -> tuple[Source, dict[str, int]]:
+    """The records of a shard as it is now, and where each key stands."""
+    source, keys = _opened(file)
+    return source, {str(key): place for place, key in enumerate(keys)}
 
 
 @dataclass(frozen=True)

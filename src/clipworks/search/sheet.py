@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from clipworks.core.pictures import Source, read_picture
 from clipworks.errors import ConfigError, PictureError
 from clipworks.search.index import Hit
+from clipworks.search.items import picture_at
 
 _GAP, _TEXT, _TITLE = 12, 13, 18
 _PAPER, _INK, _PALE, _FRAME = (255, 255, 255), (24, 24, 24), (110, 110, 110), (222, 222, 222)
@@ -94,7 +95,8 @@ def contact_sheet(
 
 def _thumbnail(picture: Source, side: int) -> Image.Image | None:
     try:
-        image = read_picture(picture, target=side).convert("RGBA")
+        shown = picture_at(picture) if isinstance(picture, str) else picture
+        image = read_picture(shown, target=side).convert("RGBA")
     except PictureError:
         return None
     scale = side / max(image.size)

@@ -70,12 +70,14 @@ def picture_of(data: bytes, side: int, most_pixels: int) -> Image.Image:
 
 
 def thumbnail(path: str, side: int, most_pixels: int) -> bytes:
-    """A picture file as a JPEG whose longer side has at most `side` pixels.
+    """A picture of an index as a JPEG whose longer side has at most `side` pixels.
 
     Raises:
         PictureError: if it cannot be read.
     """
-    picture = _small(read_picture(path, target=side, max_pixels=most_pixels), side)
+    from clipworks.search.items import picture_at
+
+    picture = _small(read_picture(picture_at(path), target=side, max_pixels=most_pixels), side)
     buffer = BytesIO()
     picture.save(buffer, "JPEG", quality=85)
     return buffer.getvalue()
