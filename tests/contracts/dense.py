@@ -29,6 +29,7 @@ from clipworks.errors import CheckpointError, ClipworksError, ConfigError, DataE
 from clipworks.methods.dense.anomalyclip import AnomalyCLIP
 from clipworks.methods.dense.base import Segmenter, Unreadable
 from clipworks.methods.dense.denseclip import DenseCLIP
+from clipworks.methods.dense.fusioner import Fusioner
 from clipworks.methods.dense.maskclip import MaskCLIP
 from clipworks.papers import register
 from clipworks.parts.segmentation import Segmentation
@@ -68,6 +69,11 @@ def learn_defects(method: Any, images: Sequence[Any], masks: Sequence[Any]) -> A
     return method.fit(images, [mask if place % 2 else 0 * mask for place, mask in enumerate(masks)])
 
 
+def learn_named_masks(method: Any, images: Sequence[Any], masks: Sequence[Any]) -> Any:
+    """What learns from pictures with masks of names that it is given with them."""
+    return method.fit(images, masks, NAMES)
+
+
 DENSECLIP: dict[str, Any] = {
     "class_names": NAMES,
     "templates": SENTENCES,
@@ -76,6 +82,17 @@ DENSECLIP: dict[str, Any] = {
     "head_width": 8,
     "views": 1,
     "steps": 2,
+    "batch_size": 3,
+}
+
+FUSIONER: dict[str, Any] = {
+    "templates": SENTENCES,
+    "width": 16,
+    "layers": 2,
+    "heads": 2,
+    "doublings": 1,
+    "views": 1,
+    "epochs": 2,
     "batch_size": 3,
 }
 
@@ -92,6 +109,10 @@ FORMS: dict[str, dict[str, Form]] = {
     "denseclip": {
         "trained": form(DenseCLIP, learn_masks, **DENSECLIP),
         "frozen": form(DenseCLIP, learn_masks, train_tower=False, **DENSECLIP),
+    },
+    "fusioner": {
+        "early": form(Fusioner, learn_named_masks, **FUSIONER),
+        "single": form(Fusioner, learn_named_masks, fusion="late", names="single", present=1, **FUSIONER),
     },
 }
 

@@ -72,7 +72,7 @@ def as_function(clip: Clip, kind: Kind) -> nn.Module:
 
 
 def examples(clip: Clip, kind: Kind, rows: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Random inputs of a tower by their names in its file, on the CPU."""
+    """Random inputs of a tower by their names in its file, (rows, …) each, on the CPU."""
     if kind == "image":
         side = clip.config.image.image_size
         return {"pixels": torch.rand(rows, 3, side, side, generator=generator)}

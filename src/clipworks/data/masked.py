@@ -46,8 +46,8 @@ class Masked:
         if most is None or most >= len(self):
             return self
         kept = [place * len(self) // most for place in range(most)]
-        columns = ([column[place] for place in kept] for column in (self.keys, self.images, self.masks))
-        return Masked(*columns, self.classes, self.ignore)
+        keys, images, masks = ([column[i] for i in kept] for column in (self.keys, self.images, self.masks))
+        return Masked(keys, images, masks, self.classes, self.ignore)
 
 
 def open_masked(folder: str | Path, split: str | None = None) -> Masked:

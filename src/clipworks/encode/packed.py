@@ -148,7 +148,7 @@ def run_packed(
 
 
 def share_computed(tokens: Tokens) -> float:
-    """The share of all positions that is left when equal beginnings are laid once; in (0, 1]."""
+    """The share of all positions (n, L) that is left when equal beginnings are laid once; in (0, 1]."""
     if len(tokens) < 2:
         return 1.0
     _, lengths, shared = _ordered(tokens)

@@ -59,7 +59,7 @@ def confusion(found: Tensor, truth: Any, classes: int, ignore: int | None = 255)
 
 
 def mean_iou(counts: Tensor) -> MeanIoU:
-    """Of the `confusion` summed over a test set; classes that were neither there nor found are left out.
+    """Of the `confusion` (K, K + 1) of a test set; classes that were neither there nor found are left out.
 
     Raises:
         DataError: if nothing was counted.

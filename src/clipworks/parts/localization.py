@@ -2,7 +2,7 @@
 
 A teacher says so for crops of pictures at the places of a grid, N = h w of them:
 
-    teacher.targets(images (B, 3, H, W) in [0, 1], (h, w), crops) -> Targets(pairs (B, N, N), objects (B, h, w))
+    teacher.targets(images (B, 3, H, W) in [0, 1], (h, w), crops) -> pairs (B, N, N), objects (B, h, w)
 
 Four are here: `DinoTeacher` (networks in local folders that learned from pictures alone: DINO, Caron et al.,
 ICCV 2021, and FOUND, Siméoni et al., CVPR 2023), `StoredTargets` (what a teacher said before, in a file),
@@ -85,7 +85,7 @@ class AffinityTeacher:
         self.color, self.place, self.rim = color, place, rim
 
     def targets(self, images: Tensor, grid: tuple[int, int], crops: Sequence[Crop] = ()) -> Targets:
-        """See `Teacher`."""
+        """Of crops (B, 3, H, W); see `Teacher`."""
         colors = F.adaptive_avg_pool2d(images.float(), grid).flatten(2).mT
         lines = [(torch.arange(side, device=images.device) + 0.5) / side for side in grid]
         places = torch.cartesian_prod(*lines)
@@ -109,7 +109,7 @@ class MaskTeacher:
         self.masks, self.background = masks, background
 
     def targets(self, images: Tensor, grid: tuple[int, int], crops: Sequence[Crop]) -> Targets:
-        """See `Teacher`.
+        """Of crops (B, 3, H, W); see `Teacher`.
 
         Raises:
             DataError: for a picture without a mask, or with one of another size.
@@ -172,7 +172,7 @@ class StoredTargets:
             self._objects.append(objects.bool())
 
     def targets(self, images: Tensor, grid: tuple[int, int], crops: Sequence[Crop]) -> Targets:
-        """See `Teacher`.
+        """Of crops (B, 3, H, W); see `Teacher`.
 
         Raises:
             DataError: for crops that it knows nothing of.
@@ -318,7 +318,7 @@ class DinoTeacher:
 
     @torch.no_grad()
     def targets(self, images: Tensor, grid: tuple[int, int], crops: Sequence[Crop] = ()) -> Targets:
-        """See `Teacher`."""
+        """Of crops (B, 3, H, W); see `Teacher`."""
         images = images.to(self.pairs.mean.device).float()
         values = F.normalize(self.pairs(images, grid).flatten(2), dim=1)
         scale = self.pairs.patch / self.objects.patch  # how much finer the second network looks
@@ -333,7 +333,7 @@ def _decoder(path: Path, width: int) -> nn.Conv2d:
     weights = content.get("decoder") if isinstance(content, dict) else None
     shapes = {"weight": (1, width, 1, 1), "bias": (1,)}
     found = {name: tuple(one.shape) for name, one in weights.items()} if isinstance(weights, dict) else None
-    if found != shapes:
+    if not isinstance(weights, dict) or found != shapes:
         raise CheckpointError(f"{path}: expected a decoder of {shapes}, found {found}")
     decoder = nn.Conv2d(width, 1, 1)
     decoder.load_state_dict(weights)

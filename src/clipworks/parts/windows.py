@@ -39,7 +39,7 @@ def aligned_stride(window: int, overlap: float, cell: int) -> int:
 
 
 def taper(cells: int, blend: Blend) -> Tensor:
-    """The weight of each cell of a window along one side, (cells,), above zero and at most 1.
+    """The weight of each of n cells of a window along one side, (n,), above zero and at most 1.
 
     `smooth` is sin² from edge to edge (Hann), so that a window fades out where its neighbor fades in and
     nothing jumps at its border; at half overlap the weights of two neighbors sum to one. `uniform` is 1.

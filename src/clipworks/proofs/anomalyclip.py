@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -45,8 +45,10 @@ from clipworks.parts.segmentation import read_mask
 from clipworks.proofs.base import Budget, Outcome, Proof
 
 PLAIN = ("a photo of a normal object", "a photo of a damaged object")
-NORMAL = ("{}", "flawless {}", "perfect {}", "unblemished {}", "{} without flaw")
-NORMAL += ("{} without defect", "{} without damage")
+NORMAL = (
+    *("{}", "flawless {}", "perfect {}", "unblemished {}"),
+    *("{} without flaw", "{} without defect", "{} without damage"),
+)
 DAMAGED = ("damaged {}", "broken {}", "{} with flaw", "{} with defect", "{} with damage")
 
 
@@ -90,7 +92,7 @@ class FreeVectors(AnomalyCLIP):
 
     def text_features(self) -> Tensor:
         """Both vectors, (2, D) of unit length."""
-        return unit(self.module_.vectors)
+        return unit(cast(Tensor, self.module_.vectors))
 
 
 class Fixed(AnomalyCLIP):

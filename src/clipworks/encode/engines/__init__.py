@@ -141,7 +141,8 @@ def ready(
     """An engine for one tower, made or found in the cache, and compared with the tower.
 
     Args:
-        clip: its tower must not change while the engine is used; a changed one gets an engine of its own.
+        clip: its tower, of vectors (B, D), must not change while the engine is used; a changed one gets an
+            engine of its own.
         kind: `image` or `text`.
         name: one of `NAMES`.
         rows: for `auto`, how many pictures or texts will come at once.

@@ -31,7 +31,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import numpy as np
 import torch
@@ -285,7 +285,7 @@ class AnomalyCLIP(Scorer):
         """
         if "module_" not in vars(self):
             raise ConfigError(f"this {type(self).__name__} has learned nothing: fit, load or from_checkpoint")
-        learned, tower = self.module_, text_tower(self.clip)
+        learned, tower = cast(Sentences, self.module_), text_tower(self.clip)
         start = int(self.clip.tokenizer.start is not None)  # type: ignore[union-attr]
         contexts = torch.stack([learned.contexts[name] for name, _ in SIDES])
         words = tower.embedding(learned.ids.masked_fill(learned.ids >= tower.embedding.num_embeddings, 0))

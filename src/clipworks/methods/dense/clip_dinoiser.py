@@ -1,9 +1,9 @@
 """CLIP-DINOiser: teaching CLIP a few DINO tricks. Wysoczańska et al., ECCV 2024.
 
 MaskCLIP names every patch, but noisily. Here a patch's feature is averaged over the patches of the same
-thing; which those are, a convolution reads from a middle layer of the same CLIP, taught by the correlations
-of DINO's patches. No DINO is left at inference: one pass of CLIP. With F (B, D, h, w) MaskCLIP's features, not
-of unit length, and f what enters the MLP of block n - 3, class token dropped,
+thing; which those are, a convolution reads from a middle layer of the same CLIP, taught by the
+correlations of DINO's patches. No DINO is left at inference: one pass of CLIP. With F (B, D, h, w) MaskCLIP's
+features, not of unit length, and f what enters the MLP of block n - 3, class token dropped,
 
     g = conv3x3(f), unit at each place,   A = gᵀ g (N, N),   A < γ → 0,
     F'_p = Σ_q A_pq F_q / (Σ_q A_pq + 1e-6),   P = softmax_c(100·F̂'·t_c).
@@ -123,7 +123,7 @@ class CLIPDinoiser(Segmenter):
 
     def _maps(self, pixels: Tensor, asked: Asked) -> Tensor:
         module = self._fitted
-        features, f = self._look(pixels)
+        features, f = self._features(pixels)
         with torch.autocast(pixels.device.type, enabled=False):
             g = self._directions(features, f)
             likely = probabilities(pooled(features, g, self.gamma), asked.vectors)
@@ -159,9 +159,9 @@ class CLIPDinoiser(Segmenter):
         pixels = torch.from_numpy(array.transpose(2, 0, 1).copy())[None]
         pixels = F.pad(pixels, (0, -width % self.patch, 0, -height % self.patch)).to(self.clip.device)
         with undisturbed(self.clip):
-            return self._look(pixels)[1], (height / self.patch, width / self.patch), size
+            return self._features(pixels)[1], (height / self.patch, width / self.patch), size
 
-    def _look(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def _features(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels (B, 3, H, W) to F (B, D, h, w) and f (B, w, h, w), fp32."""
         tower = self._transformer
         last = len(tower.blocks) - 1
@@ -327,7 +327,7 @@ class CLIPDinoiser(Segmenter):
     def _seen(self, pixels: Tensor) -> Tensor:
         """f of crops."""
         with undisturbed(self.clip):
-            return self._look(pixels)[1]
+            return self._features(pixels)[1]
 
     # --- disk ---
 
@@ -374,8 +374,8 @@ class CLIPDinoiser(Segmenter):
             raise CheckpointError(f"{path}: {error}") from error
         if clip.config.name != RELEASED_FOR:
             warnings.warn(
-                f"{path} was trained with {RELEASED_FOR}, and this Clip is {clip.config.name!r}: with another "
-                "tower its correlations mean nothing",
+                f"{path} was trained with {RELEASED_FOR}, and this Clip is {clip.config.name!r}: with "
+                "another tower its correlations mean nothing",
                 stacklevel=2,
             )
         return loaded

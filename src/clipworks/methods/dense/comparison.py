@@ -154,7 +154,7 @@ def _measure(
     learned = time.perf_counter()
     counts = torch.zeros(len(classes), len(classes) + 1, dtype=torch.int64)
     for place, answer in enumerate(answers):
-        found = answer.map if isinstance(answer, Segmentation) else answer
+        found = answer.map if isinstance(answer, Segmentation) else cast(Tensor, answer)
         truth = read_mask(test.masks[place], (found.shape[0], found.shape[1]), where=test.keys[place])
         counts += confusion(found, truth, len(classes), test.ignore)
         if isinstance(answer, Segmentation) and place in drawn:

@@ -83,7 +83,7 @@ class Seen:
     places: Tensor
 
     def select(self, rows: Tensor, device: torch.device) -> Seen:
-        """Some of the pictures, on a device."""
+        """The pictures of rows (b,), on a device."""
         first, whole, places = (x[rows].to(device) for x in (self.maps[0], self.whole, self.places))
         return Seen((first, *(x[rows].to(device) for x in self.maps[1:])), whole, places)
 
@@ -417,7 +417,7 @@ class DenseCLIP(Segmenter):
 
     def _groups(self, network: Network) -> list[dict[str, Any]]:
         """The tower at a tenth of the rate; no decay on the norms of the decoder's layers alone."""
-        tower, norms, others = [], [], []
+        tower, norms, others = list[Tensor](), list[Tensor](), list[Tensor]()
         for name, parameter in network.named_parameters():
             if name.startswith("tower."):
                 tower.append(parameter)
@@ -713,7 +713,7 @@ def _released_rules(clip: Clip, network: Network) -> list[Rule]:
         for n in (0, 3):
             found += linear(f"{ours}.mlp.{n}", f"{theirs}.mlp.{n}")
     for i, level in enumerate([] if network.rescale is None else network.rescale.levels):
-        for j, layer in enumerate(level):  # type: ignore[arg-type]
+        for j, layer in enumerate(level.children()):
             if isinstance(layer, nn.BatchNorm2d):
                 found += batch_norm(f"rescale.levels.{i}.{j}", f"backbone.fpn{i + 1}.{j}")
             elif isinstance(layer, (nn.GroupNorm, nn.ConvTranspose2d)):

@@ -1,8 +1,8 @@
 """Fusioner: masks for names never trained on, from two frozen encoders that need not belong together.
 
-Ma, Yang, Wang, Zhang and Xie, Open-vocabulary Semantic Segmentation with Frozen Vision-Language Models, BMVC
-2022. A transformer lets N patches z (N, D) and K names t (K, D_t), all of unit length, attend to one another;
-patches are then up-sampled, and the cosine of a pixel with a name is that name's mask:
+Ma, Yang, Wang, Zhang and Xie, Open-vocabulary Semantic Segmentation with Frozen Vision-Language Models,
+BMVC 2022. A transformer lets N patches z (N, D) and K names t (K, D_t), all of unit length, attend to one
+another; patches are then up-sampled, and the cosine of a pixel with a name is that name's mask:
 
     patches  LN(D) → Linear → LN(d)        names  LN(D_t) → Linear, + e      e one vector for all names
     [patches; names] → L pre-norm blocks, everything sees everything → LN → patches P, names Q
@@ -11,28 +11,28 @@ patches are then up-sampled, and the cosine of a pixel with a name is that name'
     logit of pixel and name = cosine / τ,   τ = 0.07;   the name is there where σ > ½, that is, cosine > 0
 
 (`fusion="early"`). With `"late"` patches and names do not see each other, so that they meet in the cosine
-only; with `"none"` there are no blocks. Learned are fusion and decoder, by binary cross-entropy: the mean over
-names and pixels that count, and over pictures. z is by default what the image tower makes of every patch,
-projected; t the mean over 32 sentences. Any pair of encoders serves: `visual` and `text`.
+only; with `"none"` there are no blocks. Learned are fusion and decoder, by binary cross-entropy: the mean
+over names and pixels that count, and over pictures. z is by default what the image tower makes of every
+patch, projected; t the mean over 32 sentences. Any pair of encoders serves: `visual` and `text`.
 
-The logit is computed without the map of d numbers a pixel. Bilinear up-sampling R F Cᵀ is linear, so the dot
-product is that of the small maps, up-sampled; and a pixel's squared length is a quadratic form of the squares
-S of the small map's vectors and of the products H, V, X of neighbors (beside, below, diagonal):
+The logit is computed without the map of d numbers a pixel. Bilinear up-sampling R F Cᵀ is linear, so the
+dot product is that of the small maps, up-sampled; and a pixel's squared length is a quadratic form of the
+squares S of the small map's vectors and of the products H, V, X of neighbors (beside, below, diagonal):
 
-    |·|² = R² S C²ᵀ + R² H Ĉᵀ + R̂ V C²ᵀ + R̂ X Ĉᵀ,   R² elementwise, R̂ twice the product of adjacent columns of R.
+    |·|² = R² S C²ᵀ + R² H Ĉᵀ + R̂ V C²ᵀ + R̂ X Ĉᵀ,   R² elementwise, R̂ twice the product of adjacent columns
 
-Names. The published code trains and tests with one name a picture that is in it. Ours asks all names that are
-in a crop and `absent` ones that are not, whose masks are empty, and answers all names together; an answer then
-depends on the list. With `names="single"` each is asked alone: the right way for a model that was trained with
-one (`present=1, absent=0`).
+Names. The published code trains and tests with one name a picture that is in it. Ours asks all names that
+are in a crop and `absent` ones that are not, whose masks are empty, and answers all names together; an
+answer then depends on the list. With `names="single"` each is asked alone: the right way for a model that
+was trained with one (`present=1, absent=0`).
 
 Recipe: AdamW, 0 → 1e-3 over a fiftieth of the steps, then a cosine to 0; the decay of the fusion's matrices
-rises from 0.01 to 0.4, other parameters have none. Crops of half to all of the picture's area, flips and other
-colors. Deviations: the decoder has the same cosine (theirs is constant); gradients are clipped at norm 1; each
-picture has a fixed number of views, encoded once (theirs are drawn without end, and are also turned and bent);
-the number of epochs is ours; pixels are normalized as the tower was trained (theirs have about half its
-deviation: `pixels="fusioner"`). Large pictures are scaled as in training and seen in windows of the trained
-size; theirs sees windows of the picture at its own size.
+rises from 0.01 to 0.4, other parameters have none. Crops of half to all of the picture's area, flips and
+other colors. Deviations: the decoder has the same cosine (theirs is constant); gradients are clipped at
+norm 1; each picture has a fixed number of views, encoded once (theirs are drawn without end, and are also
+turned and bent); the number of epochs is ours; pixels are normalized as the tower was trained (theirs have
+about half its deviation: `pixels="fusioner"`). Large pictures are scaled as in training and seen in windows
+of the trained size; theirs sees windows of the picture at its own size.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class Patches:
         self.clip, self.patch, self.pixels = clip, patch, pixels
 
     def tokens(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """As `Visual` has it."""
+        """Bytes (B, 3, H, W) to tokens (B, N, D) and their grid, as `Visual` has it."""
         tower: Any = self.clip.image
         if self.pixels == "fusioner":
             mean, std = (
@@ -295,7 +295,7 @@ class Fusioner(Segmenter):
     it has the pixels where no name is. The paper has a `size` and windows of what the tower was trained with.
 
     Args:
-        visual, text: other frozen encoders than the Clip's; they are not saved, and are given to `load` again.
+        visual, text: other frozen encoders than the Clip's; they are not saved: give them to `load` again.
         width, layers, heads: of the fusion.
         doublings: how often the decoder doubles the map's sides.
         fusion: `early`, `late`, or `none`.
@@ -410,7 +410,7 @@ class Fusioner(Segmenter):
     def _views(
         self, images: Sequence[Any], masks: Sequence[Any], classes: int, ignore: int
     ) -> tuple[Tensor, tuple[int, int], Tensor]:
-        """Tokens (n, V, N, D) fp16 of V crops of each picture, their grid, and the masks (n, V, s, s) int16."""
+        """Tokens (n, V, N, D) fp16 of V crops a picture, their grid, and the masks (n, V, s, s) int16."""
         window = self._window
         if window == self.patch:
             raise ConfigError(
@@ -427,7 +427,7 @@ class Fusioner(Segmenter):
             wrong = mask[(mask != ignore) & ((mask < 0) | (mask >= classes))]
             if len(wrong):
                 raise DataError(
-                    f"mask {i}: {int(wrong[0])} counts none of the {classes} names, nor is it {ignore} (ignore)"
+                    f"mask {i}: {int(wrong[0])} counts none of {classes} names, nor is it {ignore} (ignore)"
                 )
             short = min(self._scaled_size((picture.shape[1], picture.shape[2])))
             crop = MaskedCrop(window, short, scale=ZOOM, ignore=ignore)
@@ -541,8 +541,8 @@ class Fusioner(Segmenter):
         for name, kind in about["encoders"].items():
             if _kind(getattr(self, name)) != kind:
                 raise CheckpointError(
-                    f"was trained with {name}={kind or None}, not {_kind(getattr(self, name)) or None}: give load "
-                    "the same encoder"
+                    f"was trained with {name}={kind or None}, not {_kind(getattr(self, name)) or None}: give "
+                    "load the same encoder"
                 )
         self.trained_on_ = tuple(about["trained_on"])
         self.head_ = self._head(*about["widths"]).to(self.clip.device).eval().requires_grad_(False)
@@ -587,7 +587,7 @@ class Fusioner(Segmenter):
         for name, own_width in (("visual", patch_width), ("text", name_width)):
             if getattr(loaded, name) is None and own_width != clip.width:
                 raise CheckpointError(
-                    f"{path}: was trained on {name} vectors of {own_width} numbers, this Clip's have {clip.width}"
+                    f"{path}: was trained on {name} vectors of {own_width} numbers, not of {clip.width}"
                 )
         loaded._check()
         loaded.head_ = loaded._head(patch_width, name_width).to(clip.device).eval().requires_grad_(False)
