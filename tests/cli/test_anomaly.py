@@ -12,6 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from clipworks.cli import app
+from clipworks.core.pictures import read_picture
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def test_a_fit_scores_a_folder_and_draws_maps(tiles: Path, tmp_path: Path) -> No
     for row in found["pictures"]:
         assert 0 <= row["score"] <= 1
         assert row["faulty"] == (row["score"] > found["image_threshold"])
-        assert Image.open(row["overlay"]).height == 40
+        assert read_picture(row["overlay"]).height == 40
     other = run(
         "score", tmp_path / "run", tiles / "images" / "0.png", "--faultless", tiles / "images", "--json"
     )

@@ -28,10 +28,12 @@ from clipworks.engine.randomness import untouched_randomness
 from clipworks.errors import CheckpointError, ClipworksError, ConfigError, DataError, PictureError
 from clipworks.methods.dense.anomalyclip import AnomalyCLIP
 from clipworks.methods.dense.base import Segmenter, Unreadable
+from clipworks.methods.dense.clip_dinoiser import CLIPDinoiser
 from clipworks.methods.dense.denseclip import DenseCLIP
 from clipworks.methods.dense.fusioner import Fusioner
 from clipworks.methods.dense.maskclip import MaskCLIP
 from clipworks.papers import register
+from clipworks.parts.localization import AffinityTeacher
 from clipworks.parts.segmentation import Segmentation
 
 ClipOf = Callable[[int], Clip]
@@ -74,6 +76,22 @@ def learn_named_masks(method: Any, images: Sequence[Any], masks: Sequence[Any]) 
     return method.fit(images, masks, NAMES)
 
 
+def learn_affinity(method: Any, images: Sequence[Any], masks: Sequence[Any]) -> Any:
+    """What learns from pictures alone, taught by their colors."""
+    return method.fit(images, AffinityTeacher())
+
+
+DINOISER: dict[str, Any] = {
+    "templates": SENTENCES,
+    "width": 8,
+    "block": -1,
+    "views": 2,
+    "epochs": 2,
+    "batch_size": 2,
+    "lr": 1e-2,
+    "progress": False,
+}
+
 DENSECLIP: dict[str, Any] = {
     "class_names": NAMES,
     "templates": SENTENCES,
@@ -102,6 +120,8 @@ FORMS: dict[str, dict[str, Form]] = {
         "maskclip": form(MaskCLIP, templates=SENTENCES),
         "maskclip-refined": form(MaskCLIP, templates=SENTENCES, denoise=0.3, key_smoothing=1.0),
         "maskclip-bare": form(MaskCLIP, templates=SENTENCES, residual=False, blend="uniform", overlap=0.25),
+        "kept": form(CLIPDinoiser, learn_affinity, reads_masks=False, **DINOISER),
+        "live": form(CLIPDinoiser, learn_affinity, reads_masks=False, **{**DINOISER, "views": "live"}),
     },
     "anomalyclip": {
         "sentences": form(AnomalyCLIP, learn_defects, epochs=1, progress=False),

@@ -19,15 +19,19 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipworks.checkpoints import files
 from clipworks.checkpoints.own import write_safetensors
+from clipworks.core.pictures import read_picture
+from clipworks.data.randomness import Draws
 from clipworks.errors import CheckpointError, ConfigError, DataError, require
 from clipworks.parts.encoders import IMAGENET_MEAN, IMAGENET_STD
 from clipworks.parts.segmentation import read_mask
 
+_SALT = 0xC20B
 POINTS = 8  # of a mask that are looked at along each side of a cell
 
 
@@ -55,6 +59,41 @@ class Crop:
     size: tuple[int, int]
     box: tuple[float, float, float, float]
     flipped: bool
+
+
+def crop_views(
+    image: Any, row: int, views: range, *, short: int, side: int, seed: int
+) -> tuple[Tensor, list[Crop]]:
+    """Random square crops of a picture, flipped half of the time, brightness ± 0.5.
+
+    Crops are functions of the seed, the row and the view. Each is cut in the picture's own pixels and scaled
+    once, to what the scaled picture would show there.
+
+    Args:
+        image: as `read_picture` takes it.
+        row: of the picture among others.
+        views: which crops.
+        short: the shorter side to which the picture is scaled, at least `side`.
+        side: of the crops, S.
+        seed: of everything random.
+
+    Returns:
+        (V, 3, S, S) in [0, 1], and what they are.
+    """
+    picture = read_picture(image).convert("RGB")
+    width, height = picture.size
+    found, crops = [], []
+    for view in views:
+        draws, reach = Draws(seed, row, view, _SALT), side * min(width, height) / short
+        left, top = draws.random() * (width - reach), draws.random() * (height - reach)
+        box = (left, top, min(width, left + reach), min(height, top + reach))
+        crop = Crop(row, view, (height, width), box, draws.random() < 0.5)
+        part = picture.resize((side, side), Image.Resampling.BILINEAR, box)
+        pixels = torch.from_numpy(np.array(part).transpose(2, 0, 1)).float() / 255
+        pixels = (pixels * (0.5 + draws.random())).clamp(max=1)
+        found.append(pixels.flip(2) if crop.flipped else pixels)
+        crops.append(crop)
+    return torch.stack(found), crops
 
 
 class Teacher(Protocol):

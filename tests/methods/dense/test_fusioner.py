@@ -100,7 +100,8 @@ def test_patches_and_names_meet_early_or_late() -> None:
     assert not torch.allclose(early(z, t)[1], early(other_z, t)[1], atol=1e-3)
     # Without blocks neither sees even its own kind.
     none = head(layers=0).fusion
-    assert torch.equal(none(z[:, :1], t)[0], none(z, t)[0][:, :1])
+    # A product of one row rounds otherwise than one of nine.
+    assert torch.allclose(none(z[:, :1], t)[0], none(z, t)[0][:, :1], atol=1e-5)
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -141,21 +142,21 @@ def test_the_loss_is_a_loop_over_pictures_names_and_pixels_that_count() -> None:
     targets = torch.rand(2, 3, 4, 5, generator=generator) < 0.4
     counted = torch.rand(2, 4, 5, generator=generator) < 0.7
     asked = torch.tensor([[True, True, False], [True, True, True]])
-    total = 0.0
+    total, known = 0.0, logits.detach()
     for b in range(2):
         losses = [
-            float(F.softplus(-logits[b, k, y, x] if targets[b, k, y, x] else logits[b, k, y, x]))
+            float(F.softplus(known[b, k, y, x] * (1 - 2 * int(targets[b, k, y, x]))))
             for k, y, x in np.ndindex(3, 4, 5)
             if asked[b, k] and counted[b, y, x]
         ]
         total += sum(losses) / len(losses) / 2
     loss = mask_loss(logits, targets, counted, asked)
-    assert float(loss) == pytest.approx(total, abs=1e-5)
+    assert loss.item() == pytest.approx(total, abs=1e-5)
     loss.backward()
     assert logits.grad is not None
     weighed = asked[:, :, None, None] & counted[:, None]
     assert torch.equal(logits.grad != 0, weighed)
-    assert float(mask_loss(logits, targets, torch.zeros_like(counted), asked)) == 0
+    assert mask_loss(logits, targets, torch.zeros_like(counted), asked).item() == 0
 
 
 @settings(max_examples=50, deadline=None)
@@ -355,7 +356,7 @@ def test_bad_input_is_one_clear_error(clip: Clip) -> None:
         Fusioner(clip, **QUICK).segment(shown[0], NAMES)
     with pytest.raises(DataError, match="1 masks"):
         Fusioner(clip, **QUICK).fit(shown, truth[:1], NAMES)
-    with pytest.raises(DataError, match="counts none of the 2 names"):
+    with pytest.raises(DataError, match="counts none of 2 names"):
         Fusioner(clip, **QUICK).fit(shown, truth, NAMES[:2])
     with pytest.raises(ConfigError, match="fusion is one of"):
         Fusioner(clip, **{**QUICK, "fusion": "middle"}).fit(shown, truth, NAMES)

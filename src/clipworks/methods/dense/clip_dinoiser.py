@@ -41,18 +41,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipworks.checkpoints import files
 from clipworks.core.clip import Clip
 from clipworks.core.hooks import compose
-from clipworks.core.pictures import read_picture
 from clipworks.core.towers import VisionTower
-from clipworks.data.randomness import Draws
 from clipworks.engine.randomness import own_randomness
 from clipworks.errors import CheckpointError, ConfigError, DataError
 from clipworks.methods.dense.base import Asked, Segmenter
@@ -60,7 +56,7 @@ from clipworks.parts.dense import KeepNormed, LastValues, all_vectors, as_map, p
 from clipworks.parts.descent import descend_rows
 from clipworks.parts.features import listed
 from clipworks.parts.frozen import undisturbed
-from clipworks.parts.localization import Crop, StoredTargets, Teacher
+from clipworks.parts.localization import Crop, StoredTargets, Teacher, crop_views
 from clipworks.parts.progress import with_bar
 from clipworks.parts.schedules import Schedule
 from clipworks.parts.windows import stretch
@@ -90,6 +86,8 @@ class Convolutions(nn.Module):
 @dataclass(eq=False, repr=False, kw_only=True)
 class CLIPDinoiser(Segmenter):
     """MaskCLIP whose features are averaged over patches of the same thing.
+
+    The window is by default twice what the tower was trained with, as the crops of its training are.
 
     Args:
         clip: as the first argument; a vision transformer.
@@ -171,11 +169,14 @@ class CLIPDinoiser(Segmenter):
         return features.float(), as_map(places, features.shape[2:]).float()
 
     @property
+    def _window(self) -> int:
+        given = 2 * self.clip.preprocessing.image_size if self.window is None else self.window
+        return max(self.patch, given // self.patch * self.patch)
+
+    @property
     def _transformer(self) -> VisionTower:
         if not isinstance(self.tower, VisionTower):
-            raise ConfigError(
-                "CLIP-DINOiser reads the blocks of a vision transformer; for a ResNet: MaskCLIP"
-            )
+            raise ConfigError("CLIP-DINOiser reads blocks of a vision transformer; for a ResNet: MaskCLIP")
         return self.tower
 
     @property
@@ -295,7 +296,7 @@ class CLIPDinoiser(Segmenter):
         starts = range(0, len(pictures), at_once)
         for start in with_bar(starts, len(starts), "looking at crops", self.progress):
             rows = range(start, min(start + at_once, len(pictures)))
-            cut_out = [self._crop(pictures[row], row, range(count)) for row in rows]
+            cut_out = [self._crop(pictures, row, range(count)) for row in rows]
             pixels = torch.cat([each for each, _ in cut_out])
             yield pixels.to(self.clip.device), [crop for _, crops in cut_out for crop in crops]
 
@@ -304,24 +305,9 @@ class CLIPDinoiser(Segmenter):
         """How many crops of a picture the training sees."""
         return self.epochs if self.views == "live" else min(self.views, self.epochs)
 
-    def _crop(self, image: Any, row: int, views: range) -> tuple[Tensor, list[Crop]]:
-        """Crops (V, 3, S, S) in [0, 1] of a picture, a function of the seed, the row and the view."""
-        picture = read_picture(image).convert("RGB")
-        width, height = picture.size
-        scale, side = min(width, height) / self._short, self._grid[0] * self.patch
-        found, crops = [], []
-        for view in views:
-            draws = Draws(self.seed, row, view, 0xC20B)
-            # Cut in the picture's own pixels and scaled once: the crop of the scaled picture.
-            left, top = draws.random() * (width - side * scale), draws.random() * (height - side * scale)
-            box = (left, top, min(width, left + side * scale), min(height, top + side * scale))
-            crop = Crop(row, view, (height, width), box, draws.random() < 0.5)
-            part = picture.resize((side, side), Image.Resampling.BILINEAR, box)
-            pixels = torch.from_numpy(np.array(part).transpose(2, 0, 1)).float() / 255
-            pixels = (pixels * (0.5 + draws.random())).clamp(max=1)  # brightness
-            found.append(pixels.flip(2) if crop.flipped else pixels)
-            crops.append(crop)
-        return torch.stack(found), crops
+    def _crop(self, pictures: Sequence[Any], row: int, views: range) -> tuple[Tensor, list[Crop]]:
+        side = self._grid[0] * self.patch
+        return crop_views(pictures[row], row, views, short=self._short, side=side, seed=self.seed)
 
     @torch.no_grad()
     def _seen(self, pixels: Tensor) -> Tensor:
@@ -453,7 +439,7 @@ class _Live:
     def __call__(self, rows: Tensor, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Of the rows (b,): f (b, w, h, w), y (b, N, N) and o (b, h, w)."""
         method = self.method
-        found = [method._crop(self.pictures[row], row, range(epoch, epoch + 1)) for row in rows.tolist()]
+        found = [method._crop(self.pictures, row, range(epoch, epoch + 1)) for row in rows.tolist()]
         pixels = torch.cat([each for each, _ in found]).to(method.clip.device)
         said = self.teacher.targets(pixels, method._grid, [crop for _, crops in found for crop in crops])
         return method._seen(pixels), said.pairs.to(pixels.device), said.objects.to(pixels.device)
