@@ -34,7 +34,6 @@ torch.set_num_threads(1)
 folder = Path(sys.argv[1])
 clip = tiny_clip.__wrapped__()(tokenizer=ClipTokenizer())
 ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="error")
-# Workers import the tests' package, whose modules pickles may name.
 
 class Stopped(Exception):
     pass

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tests.serve.client import Client, encoded, picture
+from tests.serve.client import Client, encoded, picture, wait_until
 
 from clipworks.serve import Limits
 
@@ -319,7 +319,7 @@ def test_a_body_that_never_ends_is_408_and_frees_its_room(serving: Callable[...,
     with serving(Limits(seconds=0.3, grace=0)) as client:
         head = HEAD + b"Content-Length: 99\r\n\r\n{"
         assert b" 408 " in raw(client, head, []).splitlines()[0]
-        assert client.state.active == 0
+        wait_until(lambda: client.state.active == 0)
 
 
 def test_all_bodies_together_are_bounded(serving: Callable[..., Any]) -> None:
