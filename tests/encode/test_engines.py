@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +84,31 @@ def test_an_engine_gives_the_towers_vectors_for_any_batch(clip: Any, kept: Path,
         )
         texts = TEXTS[:count]
         assert torch.allclose(encode_texts(clip, texts, engine=name), encode_texts(clip, texts), atol=1e-4)
+
+
+SIGNALLED = """
+import os, signal, sys
+from pathlib import Path
+from clipworks import load
+from clipworks.encode.engines import backends
+
+signal.signal(signal.SIGTERM, lambda number, frame: print("asked", flush=True))
+clip, folder = load(sys.argv[1]), Path(sys.argv[2])
+first = backends.openvino(clip, "text", folder)
+second = backends.openvino(clip, "text", folder)
+del first
+del second
+os.kill(os.getpid(), signal.SIGTERM)
+print("goes on")
+"""
+
+
+def test_a_signal_reaches_its_handler_when_openvino_engines_are_gone(clip: Any, tmp_path: Path) -> None:
+    available("openvino")
+    clip.save(tmp_path / "clip")
+    command = [sys.executable, "-c", SIGNALLED, str(tmp_path / "clip"), str(tmp_path / "engine")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "asked\ngoes on\n"), done.stderr
 
 
 @pytest.mark.slow

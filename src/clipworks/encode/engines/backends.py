@@ -102,7 +102,7 @@ def openvino(clip: Clip, kind: Kind, folder: Path) -> Run:
         "PERFORMANCE_HINT": "THROUGHPUT",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
-    model = library.Core().compile_model(path, "CPU", settings)
+    model = _core(library).compile_model(path, "CPU", settings)
     streams = int(model.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
     queue = library.AsyncInferQueue(model, streams)
     alone, width = threading.Lock(), clip.width
@@ -123,6 +123,23 @@ def openvino(clip: Clip, kind: Kind, folder: Path) -> Run:
         return found
 
     return run
+
+
+_CORES: list[Any] = []
+_ONE_AT_A_TIME = threading.Lock()
+
+
+def _core(library: Any) -> Any:
+    """OpenVINO's `Core` of this process, which lives as long as it does.
+
+    Each Core puts a stack for signal handlers in place and takes it away when it dies; those that do not die
+    in reverse order leave one that is no longer there, and the next signal with a handler, a SIGTERM to the
+    service, is a segmentation fault.
+    """
+    with _ONE_AT_A_TIME:
+        if not _CORES:
+            _CORES.append(library.Core())
+        return _CORES[0]
 
 
 BACKENDS: dict[str, Backend] = {
