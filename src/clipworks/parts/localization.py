@@ -297,11 +297,15 @@ class LastProjection(nn.Module):
         if not (Path(folder) / "config.json").is_file():
             raise CheckpointError(f"{folder}: no folder of a model: there is no config.json")
         try:
-            self.model = transformers.ViTModel.from_pretrained(
-                str(folder), add_pooling_layer=False, local_files_only=True
+            self.model, about = transformers.ViTModel.from_pretrained(
+                str(folder), add_pooling_layer=False, local_files_only=True, output_loading_info=True
             )
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise CheckpointError(f"{folder}: not a vision transformer ({_line(error)})") from error
+        if about["missing_keys"]:  # they would be random
+            raise CheckpointError(
+                f"{folder}: lacks {sorted(about['missing_keys'])[0]} of a vision transformer"
+            )
         self.model.float().eval().requires_grad_(False)
         self.patch = int(self.model.config.patch_size)
         named = [one for name, one in self.model.named_modules() if name.split(".")[-1] in self.NAMES[which]]

@@ -18,6 +18,7 @@ from clipworks.errors import CheckpointError, ConfigError, DataError
 from clipworks.methods.dense.clip_dinoiser import CLIPDinoiser, losses, pooled, with_background
 from clipworks.methods.dense.maskclip import MaskCLIP, denoised, smoothed
 from clipworks.parts.localization import AffinityTeacher, Crop, MaskTeacher, StoredTargets
+from clipworks.parts.schedules import Schedule
 
 
 @pytest.fixture(scope="module")
@@ -209,3 +210,79 @@ def test_bad_settings_are_one_clear_error(clip: Clip) -> None:
         CLIPDinoiser(clip).fit([], AffinityTeacher())
     with pytest.raises(ConfigError, match="nothing is learned"):
         CLIPDinoiser(clip, block=1).segment(pictures(1)[0], ["a", "b"])
+
+
+def fitted(clip: Clip, **settings: Any) -> CLIPDinoiser:
+    quick = {"width": 8, "block": 1, "views": 1, "epochs": 1, "templates": ("a {}.",), "progress": False}
+    return CLIPDinoiser(clip, **{**quick, **settings}).fit(pictures(3), AffinityTeacher())
+
+
+def test_lengths_of_what_is_normed_change_nothing(clip: Clip) -> None:
+    """Those of f before the objects' convolution and of g before correlations; see above for those of F."""
+    module = fitted(clip).module_
+    f = drawn(0, 1, 32, 3, 4)
+    assert torch.allclose(module.objectness(7 * f), module.objectness(f), atol=1e-5)
+    bare = F.conv2d(F.pad(f, (1, 1, 1, 1), mode="replicate"), module.correlate.weight, module.correlate.bias)
+    for factor in (1, 7):
+        assert torch.allclose(module.directions(f), F.normalize(factor * bare, dim=1), atol=1e-5)
+
+
+def test_what_enters_the_convolutions_is_the_middle_of_a_block(clip: Clip) -> None:
+    method = fitted(clip)
+    shown = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+    tower: Any = clip.image
+    with torch.no_grad():
+        features, f = method._features(shown)
+        assert torch.equal(features, MaskCLIP(clip).places(shown))
+        small = shown[..., :32, :32]  # the tower's own grid, so that its positions are as they are
+        x = tower.run(tower.place(tower.read(small)), stop=1)
+        block = tower.blocks[1]
+        n = block.ln_1(x)
+        values = block.attention.qkv(n).chunk(3, dim=-1)[2]
+        # The last block, which f comes from here, attends to itself alone.
+        expected = block.ln_2(x + block.attention.out(values))[:, 1:]
+        assert torch.allclose(method._features(small)[1].flatten(2).mT, expected, atol=1e-5)
+    assert f.shape == (1, 32, 8, 8)
+
+
+def test_the_rule_of_the_background_knows_its_name_and_acts_for_no_other_list(clip: Clip) -> None:
+    method = fitted(clip).set_params(size="full", window=64)  # the picture is a single window
+    torch.nn.init.constant_(method.module_.objects.bias, -100.0)  # nothing is an object
+    shown, names = pictures(1, seed=5)[0], ["wall", "sky", "car", "tree"]
+    plain = method.segment(shown, names)
+    unsure = plain.coarse.amax(dim=0) < 0.99
+    assert unsure.any()
+    for order in ([0, 1, 2, 3], [3, 1, 2, 0]):
+        found = method.segment(shown, [names[place] for place in order], background="wall").coarse
+        expected = plain.coarse[order].clone()
+        expected[order.index(0)][unsure] = 1
+        assert torch.allclose(found, expected, atol=1e-5)
+    torch.nn.init.constant_(method.module_.objects.bias, 100.0)  # everything is one
+    assert torch.equal(method.segment(shown, names, background="wall").map, plain.map)
+
+
+def test_a_batch_says_what_its_pictures_say_alone_and_the_teacher_may_be_gone(clip: Clip) -> None:
+    class Once(AffinityTeacher):
+        calls = 0
+
+        def targets(self, *given: Any) -> Any:
+            Once.calls += 1
+            return super().targets(*given)
+
+    teacher = Once()
+    quick = {"width": 8, "block": 1, "epochs": 2, "templates": ("a {}.",), "progress": False}
+    method = CLIPDinoiser(clip, views="live", **quick).fit(pictures(3), teacher)
+    seen, shown = Once.calls, [*pictures(2, seed=1), np.zeros((65, 97, 3), np.uint8)]
+    del teacher
+    together = list(method.segment_all(shown, ["sky", "car"], batch_size=3, background="sky"))
+    for one, found in zip(shown, together, strict=True):
+        alone = method.segment(one, ["sky", "car"], background="sky")
+        assert found.map.shape == one.shape[:2]
+        assert torch.allclose(alone.coarse, found.coarse, atol=1e-5)
+    assert Once.calls == seen == 2
+
+
+def test_the_learning_rate_falls_to_a_tenth_where_the_recipe_says() -> None:
+    schedule = Schedule("adamw", 0.01, decay="drop", drop_share=5000 / 6300)
+    rates = [schedule.lr(5e-5, 0, 100, step, 6300) for step in (0, 4999, 5000, 6299)]
+    assert rates == pytest.approx([5e-5, 5e-5, 5e-6, 5e-6])

@@ -91,6 +91,7 @@ class CLIPDinoiser(Segmenter):
 
     Args:
         clip: as the first argument; a vision transformer.
+        residual: as in MaskCLIP: keep the residual sum and the MLP of the last block in F.
         width: channels of g.
         block: the block whose normed tokens are read, from the end if negative.
         gamma: γ, correlations below it are zero.
@@ -106,6 +107,7 @@ class CLIPDinoiser(Segmenter):
             second), `positive` (π) and `dead` (the share of positive pairs without a gradient).
     """
 
+    residual: bool = True
     width: int = 256
     block: int = -3
     gamma: float = 0.2
@@ -164,7 +166,7 @@ class CLIPDinoiser(Segmenter):
         tower = self._transformer
         last = len(tower.blocks) - 1
         kept = KeepNormed(self._block)
-        _, features = all_vectors(tower, pixels, around=compose(kept, LastValues(last)))
+        _, features = all_vectors(tower, pixels, around=compose(kept, LastValues(last, self.residual)))
         places = kept.tokens[:, int(tower.config.class_token) :]
         return features.float(), as_map(places, features.shape[2:]).float()
 
