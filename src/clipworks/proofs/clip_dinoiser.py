@@ -270,7 +270,7 @@ def _miou(maps: Iterable[Tensor], truth: Sequence[Any], classes: int, ignore: in
 
 
 def plain(features: Tensor, f: Tensor, rows: range) -> Tensor:
-    """F as it is."""
+    """F (B, D, h, w) as it is."""
     return features
 
 
