@@ -59,16 +59,27 @@ def test_the_experiment_measures_every_arm_and_repeats_itself(
     clip: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(proof.ModalityInversion, "_steps", 3)
-    size = replace(TINY, curves=((2, 1), (2, 3)), captions=4)
+    size = replace(TINY, curves=((2, 1), (2, 3)), captions=4, training=2, pairs=9)
     outcome = proof.experiment(clip, SEED, size)
     arms = {"image", "oti", "noise", "centered", "text_pca", "soft_words", "style_image", "style_oti"}
     few = {"few_image", "few_oti", "few_image_to_oti", "few_oti_to_oti"}
     flips = {"zero_shot_image", "zero_shot_oti", "zero_shot_noise"}
     others = {"oti_steps_2_tokens_3", "captions_text", "captions_ovi", "captions_centered"}
-    assert arms | few | flips | others <= outcome.details.keys()
+    remedies = {
+        f"{name}_{found}"
+        for name in ("start", "apart", "together", "intra")
+        for found in ("gap", "image", "oti")
+    }
+    assert arms | few | flips | others | remedies <= outcome.details.keys()
+    assert outcome.details["start_image"] == outcome.baseline
+    assert all(0 <= value <= 2 for name, value in outcome.details.items() if name.endswith("_gap"))
     assert outcome.baseline == outcome.details["image"]
     assert outcome.method == outcome.details["oti"]
-    assert all(0 <= value <= 1 for name, value in outcome.details.items() if "width" not in name)
+    assert all(
+        0 <= value <= 1
+        for name, value in outcome.details.items()
+        if "width" not in name and "_gap" not in name
+    )
     assert proof.experiment(clip, SEED, size) == outcome
 
 

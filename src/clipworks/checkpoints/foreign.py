@@ -163,6 +163,7 @@ def assemble(
     stated = list(told)
     weights = layouts.clean(weights, label)
     layout = layouts.recognize(weights, label)
+    weights = layouts.without_heads(layout, weights)
     if layout in BY_LAYOUT:
         stated.append(BY_LAYOUT[layout])
     config = geometry(layout, weights, merged(stated, label), label, name)

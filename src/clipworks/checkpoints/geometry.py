@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-from clipworks.checkpoints.layouts import Layout
+from clipworks.checkpoints.layouts import TIMM_VISUAL, Layout
 from clipworks.checkpoints.settings import Settings
 from clipworks.core.config import (
     BlockConfig,
@@ -27,6 +28,8 @@ from clipworks.errors import CheckpointError, ConfigError
 
 T = TypeVar("T")
 HEADS = "into how many heads it is cut"
+# Of the image towers of SLIP's training code, by their width.
+SLIP_HEADS = {384: 12, 768: 12, 1024: 16}
 
 
 def geometry(
@@ -38,6 +41,9 @@ def geometry(
         CheckpointError: naming the tensor whose shape contradicts another, or what nobody said.
     """
     shapes = Shapes(weights, source)
+    if layout == "slip" and settings.image_heads is None:
+        width = shapes.of("visual.patch_embed.proj.weight", 4)[0]
+        settings = replace(settings, image_heads=SLIP_HEADS.get(width))
     check_complete(settings, layout, shapes)
     try:
         image, width = _image(layout, shapes, settings)
@@ -155,8 +161,8 @@ def _image(layout: Layout, shapes: Shapes, settings: Settings) -> tuple[VisionCo
     if layout == "siglip":
         image = _timm(shapes, settings)
         return image, image.width
-    if layout == "laclip":
-        return _laclip_vision(shapes, settings), shapes.of("image_projection", 2)[1]
+    if layout in TIMM_VISUAL:
+        return _timm_visual(layout, shapes, settings), shapes.of("image_projection", 2)[1]
     if "visual.layer1.0.conv1.weight" in shapes.weights:
         return _resnet(shapes, settings), shapes.of("visual.attnpool.c_proj.weight", 2)[0]
     return _openai_vision(shapes, settings), shapes.of("visual.proj", 2)[1]
@@ -210,17 +216,19 @@ def _timm(shapes: Shapes, settings: Settings) -> VisionConfig:
     return _siglip_vision(settings, width, patch, grid, blocks)
 
 
-def _laclip_vision(shapes: Shapes, settings: Settings) -> VisionConfig:
+def _timm_visual(layout: Layout, shapes: Shapes, settings: Settings) -> VisionConfig:
     width, _, patch, _ = shapes.of("visual.patch_embed.proj.weight", 4)
     grid = shapes.square(shapes.of("visual.pos_embed", 3)[1] - 1, "visual.pos_embed")
     depth = shapes.depth(r"visual\.blocks\.(\d+)\.")
-    head_width = shapes.of("visual.blocks.0.attn.q_norm.weight", 1)[0]
-    heads = width // head_width if width % head_width == 0 else None
-    if settings.image_heads not in (None, heads):
-        raise CheckpointError(
-            f"{shapes.source}: norms of {head_width} numbers cannot be those of {settings.image_heads} heads "
-            f"in a width of {width}"
-        )
+    heads = settings.image_heads
+    if layout == "laclip":
+        head_width = shapes.of("visual.blocks.0.attn.q_norm.weight", 1)[0]
+        heads = width // head_width if width % head_width == 0 else None
+        if settings.image_heads not in (None, heads):
+            raise CheckpointError(
+                f"{shapes.source}: norms of {head_width} numbers cannot be those of {settings.image_heads} "
+                f"heads in a width of {width}"
+            )
     return VisionConfig(
         image_size=grid * patch,
         patch_size=patch,
@@ -232,7 +240,7 @@ def _laclip_vision(shapes: Shapes, settings: Settings) -> VisionConfig:
         patch_bias=True,
         mean=known(settings.mean),
         std=known(settings.std),
-        qk_norm=True,
+        qk_norm=layout == "laclip",
     )
 
 
@@ -257,7 +265,7 @@ def _siglip_vision(
 
 
 def _text(layout: Layout, shapes: Shapes, settings: Settings) -> TextConfig:
-    prefix, siglip = "" if layout in ("openai", "laclip") else "text.", layout == "siglip"
+    prefix, siglip = "" if layout in ("openai", *TIMM_VISUAL) else "text.", layout == "siglip"
     vocabulary, width = shapes.of(f"{prefix}token_embedding.weight", 2)
     depth = shapes.depth(rf"{re.escape(prefix)}transformer\.resblocks\.(\d+)\.")
     mlp = prefix + "transformer.resblocks.{}.mlp.c_fc.weight"

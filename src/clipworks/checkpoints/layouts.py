@@ -3,7 +3,9 @@
     openai         openai/CLIP and open_clip's plain `CLIP`: `visual.…`, `transformer.resblocks.N.…`
     custom         open_clip's `CustomTextCLIP`: the same, its text tower under `text.`
     siglip         open_clip's SigLIP: a timm tower under `visual.trunk.`, text under `text.`
-    laclip         LaCLIP's training code: a timm tower with norms on q and k under `visual.`, else as openai
+    slip           SLIP's training code: a timm tower under `visual.`, `image_projection`, else as openai; its
+                   head of the image-image loss (`image_mlp`) is left out, as SLIP itself leaves it out
+    laclip         LaCLIP's, which grew from it: norms on q and k besides
     transformers   `CLIPModel` and `SiglipModel`: `vision_model.…`, `text_model.…`
 
 A layout is recognized by its names, and the geometry is read off the shapes; what shapes cannot say
@@ -23,7 +25,8 @@ from clipworks.checkpoints.rules import Rule, batch_norm, linear, rule
 from clipworks.core.config import Config, ResNetConfig, TextConfig, VisionConfig
 from clipworks.errors import CheckpointError
 
-Layout = Literal["openai", "custom", "siglip", "laclip", "transformers"]
+Layout = Literal["openai", "custom", "siglip", "slip", "laclip", "transformers"]
+TIMM_VISUAL = ("slip", "laclip")  # a timm tower under `visual.`, and text names without a prefix
 
 # What DataParallel, compile, FSDP and activation checkpointing put into names.
 WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -44,8 +47,8 @@ def recognize(names: Mapping[str, Tensor], source: str) -> Layout:
     """
     if "visual.trunk.patch_embed.proj.weight" in names:
         return "siglip"
-    if "visual.blocks.0.attn.q_norm.weight" in names and "image_projection" in names:
-        return "laclip"
+    if "visual.blocks.0.attn.qkv.weight" in names and "image_projection" in names:
+        return "laclip" if "visual.blocks.0.attn.q_norm.weight" in names else "slip"
     if "text_model.embeddings.token_embedding.weight" in names:
         return "transformers"
     if "text.token_embedding.weight" in names:
@@ -81,6 +84,15 @@ def clean(weights: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     return cleaned
 
 
+def without_heads(layout: Layout, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of any shape, without those of a head that only the training needed."""
+    return {
+        name: tensor
+        for name, tensor in weights.items()
+        if layout != "slip" or not name.startswith("image_mlp.")
+    }
+
+
 def rules(layout: Layout, config: Config) -> Iterator[Rule]:
     """All rules of a layout for one geometry.
 
@@ -95,13 +107,13 @@ def rules(layout: Layout, config: Config) -> Iterator[Rule]:
         return
     if layout == "siglip":
         yield from _timm(_vision(config, layout))
-    elif layout == "laclip":
-        yield from _laclip_vision(_vision(config, layout))
+    elif layout in TIMM_VISUAL:
+        yield from _timm_visual(_vision(config, layout), layout)
     elif isinstance(config.image, ResNetConfig):
         yield from _resnet(config.image)
     else:
         yield from _openai_vision(_vision(config, layout))
-    yield from _openai_text(config.text, "" if layout in ("openai", "laclip") else "text.")
+    yield from _openai_text(config.text, "" if layout in ("openai", *TIMM_VISUAL) else "text.")
 
 
 def _vision(config: Config, layout: str) -> VisionConfig:
@@ -170,13 +182,13 @@ def _resnet(image: ResNetConfig) -> Iterator[Rule]:
     yield from linear("image.pool.out", "visual.attnpool.c_proj")
 
 
-def _laclip_vision(image: VisionConfig) -> Iterator[Rule]:
+def _timm_visual(image: VisionConfig, layout: str) -> Iterator[Rule]:
     if image.pooling != "class" or image.pre_norm or not (image.projection and image.patch_bias):
-        raise CheckpointError("the layout laclip has no place for this image tower")
+        raise CheckpointError(f"the layout {layout} has no place for this image tower")
     yield rule("image.class_token", "visual.cls_token", change="leading", ones=2)
     yield rule("image.projection.weight", "image_projection", change="transposed")
     yield from _timm_trunk(image, "visual")
-    for i in range(len(image.blocks)):
+    for i in range(len(image.blocks) if image.qk_norm else 0):
         yield from linear(f"image.blocks.{i}.attention.qkv.query_norm", f"visual.blocks.{i}.attn.q_norm")
         yield from linear(f"image.blocks.{i}.attention.qkv.key_norm", f"visual.blocks.{i}.attn.k_norm")
 

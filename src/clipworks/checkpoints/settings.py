@@ -81,21 +81,20 @@ class Stated:
 
 
 # Of a layout that only one training code writes, that code says what shapes do not.
+_SLIP = Settings(
+    activation="gelu",  # the towers differ
+    text_activation="quick_gelu",
+    text_heads=8,
+    norm_eps=1e-6,
+    text_norm_eps=1e-5,
+    mean=IMAGENET_MEAN,
+    std=IMAGENET_STD,
+    resize="shortest",
+    interpolation="bilinear",
+)
 BY_LAYOUT: dict[str, Stated] = {
-    "laclip": Stated(
-        "LaCLIP's training code",
-        Settings(
-            activation="gelu",  # the towers differ
-            text_activation="quick_gelu",
-            text_heads=8,
-            norm_eps=1e-6,
-            text_norm_eps=1e-5,
-            mean=IMAGENET_MEAN,
-            std=IMAGENET_STD,
-            resize="shortest",
-            interpolation="bilinear",
-        ),
-    )
+    "slip": Stated("SLIP's training code", _SLIP),
+    "laclip": Stated("LaCLIP's training code", _SLIP),
 }
 
 

@@ -22,7 +22,9 @@ from inversion, and more than from the noise.
 
 Data: scenes of one object each, whose classes are shapes; or with `data`, a folder of Tiny-ImageNet, of whose
 validation pictures each seed draws classes, queries and galleries. The budget `full` draws more, and adds
-steps and numbers of tokens as curves, and visual inversion of captions of the scenes.
+steps and numbers of tokens as curves, visual inversion of captions of the scenes, and the remedies: the
+seedling trained on pairs (Flickr8k's where `data` has them) with the modalities kept apart, brought together,
+and with a loss between pictures; how far apart they are then, and what inversion still gains.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ from torch import Tensor
 from clipworks.checkpoints.zoo import load
 from clipworks.core.clip import Clip, unit
 from clipworks.data.sets import tiny_imagenet
-from clipworks.data.source import Selected, Source
+from clipworks.data.shards import TarShards
+from clipworks.data.source import Selected, Source, TextChoices, iterate
 from clipworks.data.world.captions import describe
 from clipworks.data.world.dataset import WorldScenes
 from clipworks.data.world.scenes import BACKGROUNDS, COLORS, SHAPES, TEXTURES, SceneConfig
@@ -48,6 +51,7 @@ from clipworks.evaluate.held import pixels_of
 from clipworks.evaluate.retrieval import average_precision
 from clipworks.methods.retrieve.cross_the_gap import ModalityInversion
 from clipworks.proofs.base import Budget, Outcome, Proof
+from clipworks.proofs.remedies import REMEDIES, gap, remedied
 
 TEMPLATE = "a photo of a {}"
 WIDTHS = (8, 16, 32, 64)  # of the text subspace, from which other classes choose
@@ -63,6 +67,7 @@ class Size:
         both: classes whose gallery is inverted too.
         curves: steps and tokens that are tried besides.
         captions: scenes whose captions are inverted visually.
+        training: steps of each remedy, and `pairs` to train on without photographs.
     """
 
     classes: int
@@ -71,6 +76,8 @@ class Size:
     both: int
     curves: tuple[tuple[int, int], ...] = ()
     captions: int = 0
+    training: int = 0
+    pairs: int = 700
 
 
 SIZES: dict[Budget, Size] = {
@@ -82,6 +89,7 @@ SIZES: dict[Budget, Size] = {
         20,
         tuple((steps, tokens) for tokens in (1, 4) for steps in (5, 15, 50, 150, 500)),
         captions=100,
+        training=100,
     ),
 }
 
@@ -128,6 +136,8 @@ def experiment(clip: Clip, seed: int, size: Size, data: Path | None = None) -> O
         details[f"oti_steps_{steps}_tokens_{tokens}"] = found
     if size.captions:
         details |= captions(clip, seed, size.captions)
+    if size.training:
+        details |= remedies(clip, seed, size, data)
     return Outcome(baseline=details["image"], method=details["oti"], details=details)
 
 
@@ -196,6 +206,41 @@ def captions(clip: Clip, seed: int, count: int) -> dict[str, float]:
         "captions_centered": unit(first - mean) @ unit(others - mean).T,
     }
     return {name: _mean_precision(cosines, matches) for name, cosines in pairs.items()}
+
+
+def remedies(clip: Clip, seed: int, size: Size, data: Path | None = None) -> dict[str, float]:
+    """How far apart the modalities are before and after each training, and mAP without and with inversion."""
+    pairs, held = _pairs(seed, size, data)
+    images = [example.image for example in iterate(held)]
+    texts = [spoken(example.texts["alt"]) for example in iterate(held)]
+    found = {}
+    models = {"start": clip} | {
+        name: remedied(clip, remedy, pairs, size.training, seed) for name, remedy in REMEDIES.items()
+    }
+    for name, model in models.items():
+        asked = scenes(model, seed, size) if data is None else photographs(model, seed, size, data)
+        oti = _inversion(model, seed).transform(asked.queries)
+        found |= {
+            f"{name}_gap": gap(model.embed_images(images), model.embed_texts(texts)),
+            f"{name}_image": _precision(asked.queries, asked.gallery, asked),
+            f"{name}_oti": _precision(oti, asked.gallery, asked),
+        }
+    return found
+
+
+def spoken(texts: TextChoices) -> str:
+    """The first of a picture's texts."""
+    return texts if isinstance(texts, str) else texts[0]
+
+
+def _pairs(seed: int, size: Size, data: Path | None) -> tuple[Source, Source]:
+    """Pairs to train on and others: of Flickr8k where there is one, else scenes with captions."""
+    flickr = None if data is None else data / "flickr8k-1000"
+    if flickr is not None and flickr.is_dir():
+        return TarShards(flickr / "train-*.tar"), TarShards(flickr / "test-*.tar")
+    held = max(1, size.pairs // 3)
+    source = WorldScenes(SceneConfig(count=(1, 2)), seed, size.pairs + held, sources=("alt",))
+    return Selected(source, range(size.pairs)), Selected(source, range(size.pairs, size.pairs + held))
 
 
 def scenes(clip: Clip, seed: int, size: Size) -> Asked:
