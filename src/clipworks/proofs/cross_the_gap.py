@@ -213,7 +213,7 @@ def remedies(clip: Clip, seed: int, size: Size, data: Path | None = None) -> dic
     pairs, held = _pairs(seed, size, data)
     images = [example.image for example in iterate(held)]
     texts = [spoken(example.texts["alt"]) for example in iterate(held)]
-    found = {}
+    found: dict[str, float] = {}
     models = {"start": clip} | {
         name: remedied(clip, remedy, pairs, size.training, seed) for name, remedy in REMEDIES.items()
     }
