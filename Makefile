@@ -51,7 +51,7 @@ contracts: $(READY_TEST)  ## run the families' contracts and record what passed 
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --record-evidence -m "contract or checkpoint" $(ARGS)
 
 bench: $(READY_TEST) $(PEERS_OK)  ## ours against the peers (NAME=encode for one of benchmarks/)
-	for name in $(or $(NAME),startup tokenizer encode world loss train curate adapt); do \
+	for name in $(or $(NAME),startup tokenizer encode world loss train curate adapt engines dense); do \
 	  $(BIN)/python benchmarks/$$name.py $(ARGS) || exit 1; \
 	done
 

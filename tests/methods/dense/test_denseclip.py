@@ -216,7 +216,6 @@ def test_training_learns_what_the_columns_are(clip: Clip) -> None:
     found = method.segment(shown[0])
     assert (found.labels, found.source) == (NAMES, "")
     assert float((found.map.numpy() == masks(1, 32, 48)[0]).mean()) > 0.8
-    assert method.losses_[-1] < method.losses_[0]
 
 
 def test_other_labels_are_answered_from_the_score_map(clip: Clip) -> None:
