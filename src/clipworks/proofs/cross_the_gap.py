@@ -89,7 +89,7 @@ SIZES: dict[Budget, Size] = {
         20,
         tuple((steps, tokens) for tokens in (1, 4) for steps in (5, 15, 50, 150, 500)),
         captions=100,
-        training=100,
+        training=60,
     ),
 }
 
