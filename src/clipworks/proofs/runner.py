@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -200,27 +201,41 @@ def machine() -> dict[str, Any]:
 
 
 def plot(result: dict[str, Any], outcomes: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw both on every seed, and the difference with its interval."""
+    """Draw both on every seed, and how far the method is above the baseline and above each control."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 1))
+    rows = [(result["baseline_name"], result["difference"], result["interval"])]
+    for one in result.get("controls", ()):
+        rows.append((f"without {one['lacks']}", one["method_above_it"], one["interval"]))
+    figure = Figure(figsize=(11, max(4.0, 1.4 + 0.7 * len(rows))), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for outcome in outcomes:
         both = [outcome["baseline"], outcome["method"]]
         left.plot([0, 1], both, marker="o", label=f"seed {outcome['seed']}")
-    left.set_xticks([0, 1], [result["baseline_name"], result["method_name"]])
+    left.set_xticks([0, 1], [_wrapped(result[name], 28) for name in ("baseline_name", "method_name")])
     left.set_xlim(-0.3, 1.3)
-    left.set_ylabel(result["metric"])
+    left.set_ylabel(_wrapped(result["metric"], 40))
     left.legend(fontsize="small")
-    low, high = result["interval"] or (result["difference"], result["difference"])
-    right.errorbar([0], [(low + high) / 2], yerr=[(high - low) / 2], marker="o", capsize=6, color="black")
-    right.axhline(result["direction"] * result["margin"], color="gray", linestyle="--", linewidth=1)
-    right.set_xticks([0], [f"difference, {CONFIDENCE:.0%} interval"])
-    right.set_xlim(-1, 1)
+    for row, (_, difference, interval) in enumerate(rows):
+        low, high = interval or (difference, difference)
+        right.errorbar(
+            [(low + high) / 2], [row], xerr=[(high - low) / 2], marker="o", capsize=5, color="black"
+        )
+    right.axvline(0, color="gray", linewidth=1)
+    if result["margin"]:
+        right.axvline(result["direction"] * result["margin"], color="gray", linestyle="--", linewidth=1)
+    right.set_yticks(range(len(rows)), [_wrapped(name, 34) for name, _, _ in rows], fontsize="small")
+    right.set_ylim(len(rows) - 0.5, -0.5)
+    better = "more" if result["direction"] > 0 else "less"
+    right.set_xlabel(f"the method above ({better} is better), {CONFIDENCE:.0%} interval")
     figure.suptitle(f"{result['slug']}: {result['verdict']}")
     temporary = path.with_suffix(".writing")
-    figure.savefig(temporary, format="png", dpi=120)
+    figure.savefig(temporary, format="png", dpi=100)
     temporary.replace(path)
+
+
+def _wrapped(text: str, width: int) -> str:
+    return textwrap.fill(text, width)
 
 
 def _add(run: dict[str, Any], seed: int, outcome: Outcome) -> None:
