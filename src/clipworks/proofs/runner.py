@@ -205,8 +205,10 @@ def plot(result: dict[str, Any], outcomes: Sequence[dict[str, Any]], path: Path)
     from matplotlib.figure import Figure
 
     rows = [(result["baseline_name"], result["difference"], result["interval"])]
-    for one in result.get("controls", ()):
-        rows.append((f"without {one['lacks']}", one["method_above_it"], one["interval"]))
+    rows += [
+        (f"without {one['lacks']}", one["method_above_it"], one["interval"])
+        for one in result.get("controls", ())
+    ]
     figure = Figure(figsize=(11, max(4.0, 1.4 + 0.7 * len(rows))), layout="constrained")
     left, right = figure.subplots(1, 2)
     for outcome in outcomes:

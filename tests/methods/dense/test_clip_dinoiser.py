@@ -183,6 +183,7 @@ def test_a_mask_teacher_pairs_the_cells_of_an_instance_wherever_a_crop_lies() ->
         teacher.targets(torch.zeros(1, 3, 8, 16), (2, 4), [Crop(1, 0, (8, 16), (0, 0, 16, 8), False)])
 
 
+@pytest.mark.checkpoint("clip-dinoiser")
 def test_the_authors_file_is_read_and_any_other_refused(clip: Clip, tmp_path: Path) -> None:
     width = clip.config.image.width
     weights = {
